@@ -1,0 +1,89 @@
+"""Intervals and tests for paired measurements: bootstrap, sign-flip permutation, false-discovery rate.
+
+All take values of which each row is one example measured twice (clean and patched, say), so that resampling examples
+keeps the pairs together.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from workbench.runtime import WorkbenchError, generator
+
+RESAMPLES = 1000
+LEVEL = 0.95
+
+
+def paired_bootstrap(
+    values: Float[Tensor, "example *cells"], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> tuple[Float[Tensor, " *cells"], Float[Tensor, " *cells"]]:
+    """Percentile interval of the mean over examples (Efron 1979), the same resamples for every cell.
+
+    Returns:
+        Lower and upper end. With one example the interval is the value itself.
+
+    Raises:
+        WorkbenchError: there is no example.
+    """
+    weights = _resample_weights(len(values), seed=seed, resamples=resamples)
+    means = (weights @ values.double().reshape(len(values), -1)).reshape(resamples, *values.shape[1:])
+    return _ends(means, level, values.dtype)
+
+
+def ratio_bootstrap(
+    numerator: Float[Tensor, "example *cells"],
+    denominator: Float[Tensor, " example"],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> tuple[Float[Tensor, " *cells"], Float[Tensor, " *cells"]]:
+    """Percentile interval of mean(numerator) / mean(denominator), both resampled by the same examples."""
+    weights = _resample_weights(len(numerator), seed=seed, resamples=resamples)
+    above = weights @ numerator.double().reshape(len(numerator), -1)
+    below = weights @ denominator.double()
+    ratios = (above / below[:, None]).reshape(resamples, *numerator.shape[1:])
+    return _ends(ratios, level, numerator.dtype)
+
+
+def sign_flip_pvalue(
+    differences: Float[Tensor, "example *cells"], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Float[Tensor, " *cells"]:
+    """Two-sided p-value that the mean paired difference is 0, by flipping signs of examples at random.
+
+    The observed assignment counts as one of the resamples, so that the p-value is never 0 (Phipson & Smyth 2010).
+    """
+    flat = differences.double().reshape(len(differences), -1)
+    signs = torch.randint(0, 2, (resamples, len(flat)), generator=generator(seed, "sign flip")).double() * 2 - 1
+    null = (signs @ flat).abs() / len(flat)
+    observed = flat.mean(0).abs()
+    tolerance = 1e-12 * flat.abs().amax().clamp(min=1e-300)
+    exceed = (null >= observed - tolerance).sum(0)
+    return ((exceed + 1) / (resamples + 1)).reshape(differences.shape[1:]).to(differences.dtype)
+
+
+def discoveries(pvalues: Float[Tensor, " *cells"], *, rate: float = 0.05) -> Bool[Tensor, " *cells"]:
+    """Cells kept at a false-discovery rate of `rate` (Benjamini & Hochberg 1995)."""
+    flat = pvalues.flatten()
+    ordered, order = flat.sort()
+    passing = ordered <= rate * torch.arange(1, len(flat) + 1) / len(flat)
+    kept = int(passing.nonzero().max()) + 1 if passing.any() else 0
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[order[:kept]] = True
+    return chosen.reshape(pvalues.shape)
+
+
+def _resample_weights(n: int, *, seed: int, resamples: int) -> Float[Tensor, "resample example"]:
+    if n == 0:
+        raise WorkbenchError("An interval needs at least one example; got none.")
+    draws = torch.randint(0, n, (resamples, n), generator=generator(seed, "bootstrap"))
+    counts = torch.zeros(resamples, n, dtype=torch.float64)
+    return counts.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64)) / n
+
+
+def _ends(samples: Tensor, level: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    tail = (1 - level) / 2
+    low, high = torch.quantile(samples, torch.tensor([tail, 1 - tail], dtype=samples.dtype), dim=0)
+    return low.to(dtype), high.to(dtype)

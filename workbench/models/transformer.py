@@ -1,0 +1,398 @@
+"""The transformer: pre-LN or no LN, attention with or without MLP, run along a depth schedule.
+
+Two kinds of module. The *weights* (`embed`, `weights.{block}`, `unembed`, …) compute and carry parameters under
+TransformerLens' names. The *places* (`blocks.{step}.hook_resid_pre`, …) are parameter-free identities that every
+activation flows through. Places belong to the steps of the depth schedule: where a block runs twice, its weights are
+saved once and its two passes have places of their own.
+
+This forward is the specification: plain torch, every activation in the open. `models/fast.py` computes the same logits
+with less work where nothing is looked at.
+
+Shapes: batch, pos (dest and src in attention), head, d_model, d_head, d_mlp, vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from workbench.instrument.sites import Edit, Site, model_sites
+from workbench.runtime import WorkbenchError, code_version
+from workbench.store import Provenance
+
+Bias = Literal["attn", "mlp", "unembed"]
+BIASES: tuple[Bias, ...] = ("attn", "mlp", "unembed")
+ACTIVATIONS = {"relu": functional.relu, "gelu": functional.gelu}
+MASKED = -1e5
+EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture of a transformer. A value: building one does nothing."""
+
+    n_layers: int
+    """Blocks with weights of their own."""
+    d_model: int
+    n_heads: int
+    d_head: int
+    d_mlp: int
+    """Neurons of each MLP; 0 makes an attention-only model."""
+    n_ctx: int
+    """Longest prompt."""
+    d_vocab: int
+    d_vocab_out: int
+    """Tokens that can be predicted, the first ones of the vocabulary."""
+    normalization: Literal["LN"] | None = None
+    """LayerNorm before attention, MLP and unembedding, or none anywhere."""
+    activation: Literal["relu", "gelu"] = "relu"
+    tied: bool = False
+    """Unembed with the embedding's transpose."""
+    biases: tuple[Bias, ...] = ("mlp",)
+    """Parts that have biases; LayerNorms always do."""
+    causal: bool = True
+    pad_token: int | None = None
+    """Token whose positions no other position attends to."""
+    schedule: tuple[int, ...] | None = None
+    """Block to run at each step; None runs each block once, in order."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_heads", "d_head", "n_ctx", "d_vocab", "d_vocab_out"):
+            if getattr(self, name) < 1:
+                raise WorkbenchError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.d_mlp < 0:
+            raise WorkbenchError(f"d_mlp must be 0 (attention only) or more, got {self.d_mlp}.")
+        if self.activation not in ACTIVATIONS:
+            raise WorkbenchError(f"Unknown activation {self.activation!r}. Known: {', '.join(ACTIVATIONS)}.")
+        if self.normalization not in ("LN", None):
+            raise WorkbenchError(f"Unknown normalization {self.normalization!r}. Known: LN, None.")
+        if unknown := set(self.biases) - set(BIASES):
+            raise WorkbenchError(f"Unknown biases {sorted(unknown)}. Known: {', '.join(BIASES)}.")
+        if self.d_vocab_out > self.d_vocab or (self.tied and self.d_vocab_out != self.d_vocab):
+            raise WorkbenchError(
+                f"d_vocab_out {self.d_vocab_out} must be at most d_vocab {self.d_vocab}, and equal to it when tied."
+            )
+        if self.pad_token is not None and not 0 <= self.pad_token < self.d_vocab:
+            raise WorkbenchError(f"pad_token {self.pad_token} is outside the vocabulary of {self.d_vocab} tokens.")
+        if self.schedule is not None and (not self.schedule or set(self.schedule) != set(range(self.n_layers))):
+            raise WorkbenchError(
+                f"schedule {self.schedule} must run every block of 0 to {self.n_layers - 1} at least once, and no other."
+            )
+        # JSON brings lists; a config compares and hashes by value.
+        object.__setattr__(self, "biases", tuple(bias for bias in BIASES if bias in self.biases))
+        object.__setattr__(self, "schedule", None if self.schedule is None else tuple(self.schedule))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Block that runs at each step."""
+        return tuple(range(self.n_layers)) if self.schedule is None else self.schedule
+
+    @property
+    def n_steps(self) -> int:
+        """Layers that are executed."""
+        return len(self.steps)
+
+    def to_json(self) -> dict[str, object]:
+        """The fields."""
+        return asdict(self)
+
+
+class Place(nn.Module):
+    """A named identity: what flows through it can be read or replaced."""
+
+    def forward(self, activation: Tensor) -> Tensor:
+        """The activation, unchanged."""
+        return activation
+
+
+Edits = Mapping[nn.Module, Edit]
+"""Edits by the place that they act on."""
+
+
+def visit(place: nn.Module, activation: Tensor, edits: Edits) -> Tensor:
+    """Send an activation through its place, and through the edit that was asked for there."""
+    activation = place(activation)
+    edit = edits.get(place)
+    return activation if edit is None else edit(activation)
+
+
+class LayerNorm(nn.Module):
+    """Scale and shift of a LayerNorm (Ba et al. 2016)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(d_model))
+        self.b = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """Normalised, scaled and shifted."""
+        return functional.layer_norm(x, self.w.shape, self.w, self.b, EPS)
+
+
+class Attention(nn.Module):
+    """Weights of an attention layer, one matrix a head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        heads, d_model, d_head = config.n_heads, config.d_model, config.d_head
+        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.empty(heads, d_model, d_head)) for _ in range(3))
+        self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
+        bias = "attn" in config.biases
+        self.b_Q, self.b_K, self.b_V = (_bias(bias, heads, d_head) for _ in range(3))
+        self.b_O = _bias(bias, d_model)
+
+    def project(
+        self, x: Float[Tensor, "*rows d_model"], name: Literal["Q", "K", "V"]
+    ) -> Float[Tensor, "*rows head d_head"]:
+        """Queries, keys or values of each head."""
+        weight, bias = getattr(self, f"W_{name}"), getattr(self, f"b_{name}")
+        heads, d_model, d_head = weight.shape
+        projected = (x @ weight.transpose(0, 1).reshape(d_model, heads * d_head)).unflatten(-1, (heads, d_head))
+        return projected if bias is None else projected + bias
+
+    def merge(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows d_model"]:
+        """The heads' outputs, added up in the residual stream's basis."""
+        merged = z.flatten(-2) @ self.W_O.flatten(0, 1)
+        return merged if self.b_O is None else merged + self.b_O
+
+
+class MLP(nn.Module):
+    """Weights of an MLP."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        bias = "mlp" in config.biases
+        self.W_in = nn.Parameter(torch.empty(config.d_model, config.d_mlp))
+        self.b_in = _bias(bias, config.d_mlp)
+        self.W_out = nn.Parameter(torch.empty(config.d_mlp, config.d_model))
+        self.b_out = _bias(bias, config.d_model)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def read(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_mlp"]:
+        """Neurons before their nonlinearity."""
+        return x @ self.W_in if self.b_in is None else x @ self.W_in + self.b_in
+
+    def write(self, post: Float[Tensor, "*rows d_mlp"]) -> Float[Tensor, "*rows d_model"]:
+        """What active neurons add to the residual stream."""
+        return post @ self.W_out if self.b_out is None else post @ self.W_out + self.b_out
+
+
+class Block(nn.Module):
+    """Weights of one block, without places."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln1 = LayerNorm(config.d_model) if config.normalization else None
+        self.attn = Attention(config)
+        self.ln2 = LayerNorm(config.d_model) if config.normalization and config.d_mlp else None
+        self.mlp = MLP(config) if config.d_mlp else None
+
+
+class NormPlaces(nn.Module):
+    """Places of a LayerNorm, computed in the open so that the scale can be read and frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_scale = Place()
+        self.hook_normalized = Place()
+
+    def forward(self, x: Tensor, norm: LayerNorm | None, edits: Edits) -> Tensor:
+        """The normalised residual stream; without a LayerNorm, the stream itself."""
+        if norm is None:
+            return x
+        centred = x - x.mean(-1, keepdim=True)
+        scale = visit(self.hook_scale, (centred.square().mean(-1, keepdim=True) + EPS).sqrt(), edits)
+        return visit(self.hook_normalized, centred / scale * norm.w + norm.b, edits)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Past:
+    """Keys and values of earlier positions, where a pass goes on from a cached one."""
+
+    k: Float[Tensor, "batch past head d_head"]
+    v: Float[Tensor, "batch past head d_head"]
+
+
+class AttentionPlaces(nn.Module):
+    """Places of softmax attention: the pattern does not depend on v, and z = pattern @ v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_q, self.hook_k, self.hook_v = Place(), Place(), Place()
+        self.hook_attn_scores, self.hook_pattern, self.hook_z = Place(), Place(), Place()
+
+    def forward(
+        self, x: Tensor, weights: Attention, allowed: Bool[Tensor, "#batch dest src"], edits: Edits, past: Past | None
+    ) -> Tensor:
+        """What attention adds to the residual stream."""
+        q = visit(self.hook_q, weights.project(x, "Q"), edits)
+        k = visit(self.hook_k, weights.project(x, "K"), edits)
+        v = visit(self.hook_v, weights.project(x, "V"), edits)
+        if past is not None:
+            k, v = torch.cat([past.k, k], 1), torch.cat([past.v, v], 1)
+        scores = torch.einsum("bdhe,bshe->bhds", q, k) / q.shape[-1] ** 0.5
+        scores = visit(self.hook_attn_scores, scores.masked_fill(~allowed[:, None], MASKED), edits)
+        pattern = visit(self.hook_pattern, scores.softmax(-1), edits)
+        z = visit(self.hook_z, torch.einsum("bhds,bshe->bdhe", pattern, v), edits)
+        return weights.merge(z)
+
+
+class MLPPlaces(nn.Module):
+    """Places of an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_pre, self.hook_post = Place(), Place()
+
+    def forward(self, x: Tensor, weights: MLP, edits: Edits) -> Tensor:
+        """What the MLP adds to the residual stream."""
+        pre = visit(self.hook_pre, weights.read(x), edits)
+        return weights.write(visit(self.hook_post, weights.activation(pre), edits))
+
+
+class Step(nn.Module):
+    """One step of the depth schedule: the places of a block's pass. The block's weights come as an argument."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = Place(), Place(), Place()
+        self.ln1, self.attn, self.hook_attn_out = NormPlaces(), AttentionPlaces(), Place()
+        if config.d_mlp:
+            self.ln2, self.mlp, self.hook_mlp_out = NormPlaces(), MLPPlaces(), Place()
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        weights: Block,
+        allowed: Bool[Tensor, "#batch dest src"],
+        edits: Edits,
+        past: Past | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after the block."""
+        x = visit(self.hook_resid_pre, x, edits)
+        attended = self.attn(self.ln1(x, weights.ln1, edits), weights.attn, allowed, edits, past)
+        x = visit(self.hook_resid_mid, x + visit(self.hook_attn_out, attended, edits), edits)
+        if weights.mlp is not None:
+            written = self.mlp(self.ln2(x, weights.ln2, edits), weights.mlp, edits)
+            x = x + visit(self.hook_mlp_out, written, edits)
+        return visit(self.hook_resid_post, x, edits)
+
+
+class Embed(nn.Module):
+    """Token embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(config.d_vocab, config.d_model))
+
+
+class PosEmbed(nn.Module):
+    """Learned absolute positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.W_pos = nn.Parameter(torch.empty(config.n_ctx, config.d_model))
+
+
+class Unembed(nn.Module):
+    """From the residual stream to logits; without a matrix of its own when tied."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.W_U = None if config.tied else nn.Parameter(torch.empty(config.d_model, config.d_vocab_out))
+        self.b_U = _bias("unembed" in config.biases, config.d_vocab_out)
+
+
+class Transformer(nn.Module):
+    """A transformer with a named place at every site. Implements `Instrumented`."""
+
+    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None) -> None:
+        """Weights drawn from N(0, 1/d_model), biases zero (Nanda et al. 2023, appendix A).
+
+        Without a generator the weights are drawn from torch's own: for models that are loaded over at once.
+        """
+        super().__init__()
+        self.config = config
+        self.provenance = Provenance(code_version=code_version())
+        self.embed, self.pos_embed = Embed(config), PosEmbed(config)
+        self.hook_embed, self.hook_pos_embed = Place(), Place()
+        self.weights = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Step(config) for _ in config.steps)
+        self.ln_final = NormPlaces()
+        self.final_norm = LayerNorm(config.d_model) if config.normalization else None
+        self.unembed = Unembed(config)
+        for name, parameter in self.named_parameters():
+            if name.rsplit(".", 1)[-1].startswith("W_"):
+                nn.init.normal_(parameter, std=config.d_model**-0.5, generator=generator)
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """Every whole site, in order of depth."""
+        return model_sites(self.config, normalized=self.final_norm is not None, mlp=bool(self.config.d_mlp))
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model vocab"]:
+        """The unembedding matrix, tied or not."""
+        return self.embed.W_E.T if self.unembed.W_U is None else self.unembed.W_U
+
+    def forward(
+        self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit] | None = None
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Logits at every position."""
+        edits = edits or {}
+        x = self.start(tokens, edits)
+        for step in range(self.config.n_steps):
+            x = self.advance(step, x, tokens, edits)
+        return self.finish(x, edits)
+
+    def start(
+        self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream before the first step."""
+        active = self._by_place(edits)
+        embedded = visit(self.hook_embed, self.embed.W_E[tokens], active)
+        positions = self.pos_embed.W_pos[: tokens.shape[1]].expand_as(embedded)
+        return embedded + visit(self.hook_pos_embed, positions, active)
+
+    def advance(
+        self,
+        step: int,
+        x: Float[Tensor, "batch pos d_model"],
+        tokens: Int[Tensor, "batch full"],
+        edits: Mapping[Site, Edit],
+        past: Past | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """One step. With `past`, `x` holds only the last positions and attention reads the earlier ones from there."""
+        allowed = self.allowed(tokens)[:, tokens.shape[1] - x.shape[1] :]
+        return self.blocks[step](x, self.weights[self.config.steps[step]], allowed, self._by_place(edits), past)
+
+    def finish(
+        self, x: Float[Tensor, "*rows d_model"], edits: Mapping[Site, Edit]
+    ) -> Float[Tensor, "*rows vocab"]:
+        """Logits of the rows given."""
+        logits = self.ln_final(x, self.final_norm, self._by_place(edits)) @ self.W_U
+        return logits if self.unembed.b_U is None else logits + self.unembed.b_U
+
+    def allowed(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "#batch dest src"]:
+        """Which position may attend to which: not to later ones if causal, to padding only from itself."""
+        n = tokens.shape[1]
+        allowed = torch.ones(1, n, n, dtype=torch.bool, device=tokens.device)
+        if self.config.causal:
+            allowed = allowed.tril()
+        if self.config.pad_token is not None:
+            itself = torch.eye(n, dtype=torch.bool, device=tokens.device)
+            allowed = allowed & ((tokens != self.config.pad_token)[:, None] | itself)
+        return allowed
+
+    def _by_place(self, edits: Mapping[Site, Edit]) -> Edits:
+        return {self.get_submodule(site.place): edit for site, edit in edits.items()}
+
+
+def _bias(present: bool, *shape: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(shape)) if present else None

@@ -1,0 +1,171 @@
+"""The Task protocol and the Batch that every task deals out.
+
+A task knows its world (drawn from a seed), its vocabulary, its splits, how to change one latent of a prompt and keep the
+others, and where each latent stands in the prompt. Nothing else in the workbench knows what a token means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from workbench.runtime import WorkbenchError, nearest
+
+TENSORS = ("tokens", "targets", "read", "corrupt", "distractor")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Latent:
+    """A quantity behind a prompt, as the token that names it, and the position where it is first determined."""
+
+    value: Int[Tensor, " batch"]
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Batch:
+    """Prompts with their answers and, where drawn, their counterfactuals."""
+
+    tokens: Int[Tensor, "batch pos"]
+    targets: Int[Tensor, "batch pos"]
+    """The right next token, valid where `read`."""
+    read: Bool[Tensor, "batch pos"]
+    """Where the loss and the metrics look."""
+    latents: Mapping[str, Latent] = field(default_factory=dict)
+    corrupt: Int[Tensor, "batch pos"] | None = None
+    """The same prompts with one thing changed."""
+    distractor: Int[Tensor, "batch pos"] | None = None
+    """The answer to `corrupt`, valid where `read`."""
+    dropped: int = 0
+    """Pairs left out because the change did not change the answer (no headroom)."""
+
+    def __post_init__(self) -> None:
+        if self.targets.shape != self.tokens.shape or self.read.shape != self.tokens.shape:
+            raise WorkbenchError(
+                f"Batch needs targets and read of the tokens' shape {tuple(self.tokens.shape)}, "
+                f"got {tuple(self.targets.shape)} and {tuple(self.read.shape)}."
+            )
+        if (self.corrupt is None) != (self.distractor is None):
+            raise WorkbenchError("Batch needs corrupt and distractor together: one came without the other.")
+        if self.corrupt is not None and self.corrupt.shape != self.tokens.shape:
+            raise WorkbenchError(
+                f"Counterfactual prompts must have the clean prompts' shape {tuple(self.tokens.shape)}, "
+                f"got {tuple(self.corrupt.shape)}."
+            )
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.tokens)
+
+    def select(self, rows: Tensor | slice) -> Batch:
+        """The batch of these rows."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {name: change(value) for name in TENSORS if (value := getattr(self, name)) is not None}
+        latents = {name: replace(latent, value=change(latent.value)) for name, latent in self.latents.items()}
+        return replace(self, **tensors, latents=latents)
+
+    def pairs(self) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+        """Counterfactual prompts and their answers.
+
+        Raises:
+            WorkbenchError: the batch was drawn without counterfactuals.
+        """
+        if self.corrupt is None or self.distractor is None:
+            raise WorkbenchError("This batch has no counterfactual pairs. Draw them with task.contrast(batch).")
+        return self.corrupt, self.distractor
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """The batches one after another, their dropped pairs added up."""
+    first = batches[0]
+    stacked = {
+        name: torch.cat([getattr(batch, name) for batch in batches])
+        for name in TENSORS
+        if getattr(first, name) is not None
+    }
+    latents = {
+        name: replace(latent, value=torch.cat([batch.latents[name].value for batch in batches]))
+        for name, latent in first.latents.items()
+    }
+    return replace(first, **stacked, latents=latents, dropped=sum(batch.dropped for batch in batches))
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What the workbench asks of a task. A task is a value: the same fields give the same world."""
+
+    @property
+    def name(self) -> str:
+        """Short name, as in recipes and reports."""
+        ...
+
+    @property
+    def vocab(self) -> Sequence[str]:
+        """Token id -> what a person reads."""
+        ...
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """Names of the splits; the first is what training sees."""
+        ...
+
+    @property
+    def contrasts(self) -> Sequence[str]:
+        """Kinds of counterfactual; the first is the default."""
+        ...
+
+    @property
+    def pad_token(self) -> int | None:
+        """Token that fills short prompts, if the task has any."""
+        ...
+
+    @property
+    def solved_accuracy(self) -> float:
+        """Accuracy from which a split counts as learnt: memorised on train, generalised on test."""
+        ...
+
+    @property
+    def position_labels(self) -> Sequence[str]:
+        """What stands at each position, for axes of figures."""
+        ...
+
+    def examples(self, split: str) -> Batch:
+        """Every example of a split, in a fixed order, without counterfactuals."""
+        ...
+
+    def sample(self, n: int, *, split: str, seed: int | torch.Generator = 0) -> Batch:
+        """`n` examples drawn without replacement, with counterfactuals of the default kind."""
+        ...
+
+    def contrast(self, batch: Batch, kind: str | None = None, *, seed: int | torch.Generator = 0) -> Batch:
+        """The batch with counterfactuals that change one latent; pairs without headroom are dropped and counted."""
+        ...
+
+    def prompt(self, text: str) -> Batch:
+        """One prompt typed by a person, with its answer and latents."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """A prompt as a person reads it."""
+        ...
+
+    def to_json(self) -> dict[str, object]:
+        """The fields that rebuild this task."""
+        ...
+
+
+def check_choice(kind: str, name: str, known: Sequence[str]) -> None:
+    """Raise a WorkbenchError unless `name` is one of `known`."""
+    if name not in known:
+        raise WorkbenchError(f"Unknown {kind} {name!r}. {nearest(name, known)}")
