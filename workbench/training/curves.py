@@ -1,0 +1,85 @@
+"""The training log, and when a run memorised and generalised.
+
+A landmark is the first evaluation from which the task's threshold holds for ten evaluations in a row: a first crossing
+alone is optimistic, since accuracies bounce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from workbench.tables import Table
+
+HOLD = 10
+SETTLED_CHANGE = 0.01
+SETTLED_STEPS = 500
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TrainLog:
+    """Evaluations of a run: step, losses and accuracies by split, sum of squared weights, seconds."""
+
+    rows: Sequence[Mapping[str, Any]]
+    solved_accuracy: float
+    """The task's threshold."""
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row an evaluation."""
+        return pd.DataFrame(list(self.rows))
+
+    @property
+    def step_memorised(self) -> int | None:
+        """When the training split was learnt for good."""
+        return self._first_held("train_accuracy")
+
+    @property
+    def step_generalised(self) -> int | None:
+        """When the test split was learnt for good."""
+        return self._first_held("test_accuracy")
+
+    @property
+    def cleaned_up(self) -> bool:
+        """Whether it has generalised and its weights changed by less than 1 % over the last 500 steps."""
+        if self.step_generalised is None:
+            return False
+        last = self.rows[-1]
+        earlier = [row for row in self.rows if row["step"] <= last["step"] - SETTLED_STEPS]
+        if not earlier:
+            return False
+        before, now = earlier[-1]["sum_squared_weights"], last["sum_squared_weights"]
+        return abs(now - before) < SETTLED_CHANGE * before
+
+    def landmarks(self) -> dict[str, int]:
+        """The landmarks that were reached, by name."""
+        found = {"memorised": self.step_memorised, "generalised": self.step_generalised}
+        return {name: step for name, step in found.items() if step is not None}
+
+    def tables(self) -> Sequence[Table]:
+        """Loss and accuracy by step."""
+        return [self._curves("loss", "nats", log_y=True), self._curves("accuracy", "fraction", log_y=False)]
+
+    def _first_held(self, column: str) -> int | None:
+        held: list[int] = []
+        for row in self.rows:
+            held = [*held, row["step"]] if row[column] >= self.solved_accuracy else []
+            if len(held) == HOLD:
+                return held[0]
+        return None
+
+    def _curves(self, measure: str, unit: str, *, log_y: bool) -> Table:
+        wide = self.frame.rename(columns={f"{split}_{measure}": split for split in ("train", "test")})
+        frame = wide.melt(id_vars="step", value_vars=["train", "test"], var_name="split", value_name=measure)
+        return Table(
+            name=f"training_{measure}",
+            frame=frame,
+            kind="curve",
+            axes={"x": "step", "y": measure, "series": "split"},
+            unit=unit,
+            caption=f"{measure.capitalize()} of the train and test split at each evaluation.",
+            log_y=log_y,
+        )

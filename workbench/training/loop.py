@@ -1,0 +1,370 @@
+"""The training loop: one path for one process or many, resumable bit by bit.
+
+    train(recipe, folder) = dataset on the device -> for each step: learning rate, gradients, update -> evaluations,
+                            checkpoints for analysis, states for resuming -> the run, once it has cleaned up
+
+The loss is computed inside the module that `accelerate` wraps, so that with several processes its gradients are
+synchronised; the rows of a batch are dealt out among the processes, none twice. Weights are float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from workbench.models.fast import ReadPlan, read_logits
+from workbench.models.transformer import Transformer
+from workbench.runtime import WorkbenchError, generator, thread_count
+from workbench.store import RunFolder, load_tensors, save_tensors, write_json, writing
+from workbench.tasks.base import Batch
+from workbench.training.checkpoints import METRICS, STATUS, Run, add_reason, list_checkpoints, save_checkpoint
+from workbench.training.curves import TrainLog
+from workbench.training.recipes import Recipe, TrainConfig
+
+STATE_SECONDS = 5.0
+STATES_KEPT = 2
+EVALUATION_ROWS = 20_000
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[int, int, Mapping[str, Any]], None]
+"""Called with step, most steps, and the latest evaluation."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; its state is saved."""
+
+
+class AnswerLoss(nn.Module):
+    """The model with its loss, as one module to wrap: cross-entropy at the read positions."""
+
+    def __init__(self, model: Transformer, loss_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_dtype = loss_dtype
+
+    def forward(self, plan: ReadPlan, answers: Int[Tensor, " reads"], total: float) -> Float[Tensor, ""]:
+        """Summed cross-entropy of these rows, divided by `total`."""
+        logits = read_logits(self.model, plan).to(self.loss_dtype)
+        return functional.cross_entropy(logits, answers, reduction="sum") / total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Dataset:
+    """A split on the device, with its plan."""
+
+    batch: Batch
+    plan: ReadPlan
+    answers: Int[Tensor, " reads"]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Dataset:
+        """The split, planned."""
+        return cls(batch=batch, plan=ReadPlan.of(batch.tokens, batch.read), answers=batch.targets[batch.read])
+
+
+@dataclass(kw_only=True, slots=True)
+class Position:
+    """Where training stands: all of it, beside weights, moments and generators, that a state holds."""
+
+    step: int = 0
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(recipe: Recipe, folder: RunFolder, *, resume: bool = False, on_progress: OnProgress | None = None) -> Run:
+    """Train a recipe into a run folder, or go on with the run that is there.
+
+    Args:
+        recipe: what to train; when resuming, the run's own.
+        folder: where the run lives; held locked for as long as this runs.
+        resume: go on from the last good state instead of starting.
+        on_progress: told of every evaluation.
+
+    Raises:
+        WorkbenchError: another process writes the run, or there is no state to resume from.
+        Interrupted: the process was asked to stop; the state is saved.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(folder.lock())
+        stop = stack.enter_context(_stop_requests())
+        trainer = Trainer(recipe, folder, accelerator)
+        trainer.resume() if resume else trainer.start()
+        trainer.run(stop, on_progress)
+    return Run(folder=folder, recipe=recipe)
+
+
+class Trainer:
+    """The state of one training, and how it is saved and found again."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator) -> None:
+        """Build model, optimiser and data; nothing is written."""
+        self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        if recipe.train is None:
+            raise WorkbenchError(f"Run {folder.reference!r} was imported: it has no training to do or go on with.")
+        self.config, self.position = recipe.train, Position()
+        config = self.config
+        self.model = Transformer(recipe.model, generator=generator(config.init_seed, "init"))
+        optimiser = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        dtype = {"float32": torch.float32, "float64": torch.float64}[config.loss_dtype]
+        self.wrapped, self.optimiser = accelerator.prepare(AnswerLoss(self.model, dtype), optimiser)
+        self.train_split = recipe.task.examples(recipe.task.splits[0]).to(accelerator.device)
+        self.splits = {
+            name: [Dataset.of(part) for part in _chunks(recipe.task.examples(name).to(accelerator.device))]
+            for name in ("train", "test")
+        }
+        self.own_rows = self._dealt(self.train_split) if config.batch_size is None else None
+        self.batch_generator = generator(config.batch_seed, "batches")
+
+    def start(self) -> None:
+        """Begin a new run."""
+        if self.accelerator.is_main_process:
+            write_json(self.folder.path / "recipe.json", self.recipe.to_json())
+        self._evaluate(force_checkpoint=True)
+        self.save_state()
+
+    def resume(self) -> None:
+        """Go on from the newest state that is whole, and cut away what the run wrote after it."""
+        for path in sorted((self.folder.path / "state").glob("step_*.safetensors"), reverse=True):
+            try:
+                tensors, card = load_tensors(path)
+            except WorkbenchError as error:
+                log.warning("%s Falling back to the state before it.", error)
+                continue
+            self._restore(tensors, card)
+            self.accelerator.wait_for_everyone()
+            return
+        raise WorkbenchError(
+            f"Run {self.folder.reference!r} has no whole state to resume from. Train it anew under another --run."
+        )
+
+    def run(self, stop: threading.Event, on_progress: OnProgress | None) -> None:
+        """Steps until the run has cleaned up, its steps are used up, or it is asked to stop."""
+        config, position = self.config, self.position
+        clock = saved = time.monotonic()
+        while (reason := self._reason_to_end()) is None:
+            if self._everyone_agrees(stop.is_set()):
+                position.seconds += time.monotonic() - clock
+                self.save_state()
+                raise Interrupted(f"The state at step {position.step} is saved; go on with --resume.")
+            self._step()
+            position.step += 1
+            now = time.monotonic()
+            position.seconds, clock = position.seconds + now - clock, now
+            if is_evaluation(position.step, config):
+                evaluation = self._evaluate()
+                if on_progress is not None and self.accelerator.is_main_process:
+                    on_progress(position.step, config.steps, evaluation)
+            if now - saved > STATE_SECONDS and self.accelerator.is_main_process:
+                self.save_state()
+                saved = time.monotonic()
+        self._finish(reason)
+
+    def save_state(self) -> None:
+        """Write what resuming needs, and drop all but the last two states."""
+        if not self.accelerator.is_main_process:
+            return
+        folder, step = self.folder.path / "state", self.position.step
+        tensors = {f"weights.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        tensors["generator.batches"] = self.batch_generator.get_state()
+        metrics = self.folder.path / METRICS
+        card = {
+            "step": step,
+            "seconds": self.position.seconds,
+            "log_offset": metrics.stat().st_size,
+            "threads": thread_count(),
+            "processes": self.accelerator.num_processes,
+        }
+        save_tensors(folder / f"step_{step:08d}.safetensors", tensors, card)
+        for old in sorted(folder.glob("step_*.safetensors"))[:-STATES_KEPT]:
+            # The card goes first: tensors without one do not count as a state.
+            old.with_suffix(".json").unlink(missing_ok=True)
+            old.unlink(missing_ok=True)
+
+    def _restore(self, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
+        if (card["threads"], card["processes"]) != (thread_count(), self.accelerator.num_processes):
+            log.warning(
+                "The state was written with %s threads in %s processes, now there are %s in %s: "
+                "the run goes on, but will not be bit-identical to an unbroken one.",
+                card["threads"],
+                card["processes"],
+                thread_count(),
+                self.accelerator.num_processes,
+            )
+        self.model.load_state_dict(_under(tensors, "weights."))
+        state = self.optimiser.state_dict()
+        state["state"] = {}
+        for name, value in _under(tensors, "optimiser.").items():
+            index, _, moment = name.partition(".")
+            state["state"].setdefault(int(index), {})[moment] = value
+        self.optimiser.load_state_dict(state)
+        self.batch_generator.set_state(tensors["generator.batches"])
+        self.position = Position(step=card["step"], seconds=card["seconds"])
+        if self.accelerator.is_main_process:
+            self._cut_after(card["log_offset"])
+        self.accelerator.wait_for_everyone()
+        self.position.rows = self.folder.lines(METRICS)
+
+    def _cut_after(self, log_offset: int) -> None:
+        with (self.folder.path / METRICS).open("r+b") as handle:
+            handle.truncate(log_offset)
+        (self.folder.path / STATUS).unlink(missing_ok=True)
+        for checkpoint in list_checkpoints(self.folder):
+            if checkpoint.step > self.position.step:
+                checkpoint.path.with_suffix(".json").unlink()
+                checkpoint.path.unlink(missing_ok=True)
+
+    def _step(self) -> None:
+        config = self.config
+        warm = min(1.0, (self.position.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.learning_rate * warm
+        own, count = self._draw()
+        # Gradients of several processes are averaged: each gives its share times their number.
+        loss = self.wrapped(own.plan, own.answers, count / self.accelerator.num_processes)
+        self.optimiser.zero_grad()
+        self.accelerator.backward(loss)
+        if config.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_norm)
+        self.optimiser.step()
+
+    def _draw(self) -> tuple[Dataset, int]:
+        if self.own_rows is not None:
+            return self.own_rows, int(self.train_split.read.sum())
+        assert self.config.batch_size is not None
+        rows = torch.randint(len(self.train_split), (self.config.batch_size,), generator=self.batch_generator)
+        batch = self.train_split.select(rows.to(self.train_split.tokens.device))
+        return self._dealt(batch), int(batch.read.sum())
+
+    def _dealt(self, batch: Batch) -> Dataset:
+        """This process's rows of a batch."""
+        return Dataset.of(batch.select(slice(self.accelerator.process_index, None, self.accelerator.num_processes)))
+
+    def _evaluate(self, *, force_checkpoint: bool = False) -> Mapping[str, Any]:
+        """Measure both splits, log it, keep a checkpoint where the schedule says so."""
+        row: dict[str, Any] = {"step": self.position.step}
+        with torch.no_grad():
+            for name, parts in self.splits.items():
+                row |= _losses(self.model, name, parts)
+            row["sum_squared_weights"] = sum(float(p.double().square().sum()) for p in self.model.parameters())
+        row["seconds"] = round(self.position.seconds, 3)
+        self.position.rows.append(row)
+        if self.accelerator.is_main_process:
+            _append_line(self.folder, row)
+            if force_checkpoint or self._keeps_checkpoint(row):
+                self._checkpoint("schedule")
+        return row
+
+    def _keeps_checkpoint(self, row: Mapping[str, Any]) -> bool:
+        """Log-spaced until the training split is learnt, then every evaluation: the transition lies there."""
+        step, solved = row["step"], self.recipe.task.solved_accuracy
+        learnt = any(earlier["train_accuracy"] >= solved for earlier in self.position.rows)
+        return learnt or step & (step - 1) == 0
+
+    def _checkpoint(self, reason: str) -> None:
+        save_checkpoint(self.folder, self.position.step, self.model.state_dict(), [reason], dtype=torch.float32)
+
+    def _reason_to_end(self) -> str | None:
+        config, progress = self.config, self._log()
+        if config.stop_when_clean and progress.cleaned_up:
+            return "generalised and cleaned up"
+        return "steps used up" if self.position.step >= config.steps else None
+
+    def _finish(self, reason: str) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        if self.position.rows[-1]["step"] != self.position.step:
+            self._evaluate()
+        self._checkpoint("final")
+        for name, step in self._log().landmarks().items():
+            add_reason(self.folder, step, name)
+        self.save_state()
+        seconds = round(self.position.seconds, 3)
+        write_json(self.folder.path / STATUS, {"finished": True, "reason": reason, "seconds": seconds})
+
+    def _log(self) -> TrainLog:
+        return TrainLog(rows=self.position.rows, solved_accuracy=self.recipe.task.solved_accuracy)
+
+    def _everyone_agrees(self, stop: bool) -> bool:
+        """Whether any process was asked to stop, so that all leave at the same step."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        flag = torch.tensor([float(stop)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+
+def is_evaluation(step: int, config: TrainConfig) -> bool:
+    """Whether a step is evaluated: at regular steps, and at powers of two, where the log-spaced checkpoints are."""
+    return step % config.evaluate_every == 0 or step & (step - 1) == 0 or step == config.steps
+
+
+def _losses(model: Transformer, split: str, parts: list[Dataset]) -> dict[str, float]:
+    loss = correct = reads = 0.0
+    for part in parts:
+        logits = read_logits(model, part.plan).double()
+        loss += float(functional.cross_entropy(logits, part.answers, reduction="sum"))
+        correct += float((logits.argmax(1) == part.answers).sum())
+        reads += len(part.answers)
+    return {f"{split}_loss": loss / reads, f"{split}_accuracy": correct / reads}
+
+
+def _chunks(batch: Batch) -> Iterator[Batch]:
+    # Bounds memory; splits of small tasks are one chunk.
+    for first in range(0, len(batch), EVALUATION_ROWS):
+        yield batch.select(slice(first, first + EVALUATION_ROWS))
+
+
+def _append_line(folder: RunFolder, row: Mapping[str, Any]) -> None:
+    path = folder.path / METRICS
+    with writing(path), path.open("a") as handle:
+        handle.write(json.dumps(row) + "\n")
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or a termination sets, so that a step is never cut in half; a second Ctrl-C cuts."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may handle signals; elsewhere training runs to its end.
+        yield requested
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: object) -> None:
+        requested.set()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
