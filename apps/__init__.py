@@ -1,0 +1,3 @@
+"""Shows: the command line, the pages, the report."""
+
+__dist__ = "interp-workbench"

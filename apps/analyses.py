@@ -1,0 +1,119 @@
+"""The analyses that the command line, the pages and the report share: a run and a step in, a result out.
+
+Each names its arguments and its defaults once. `kept` runs one unless the same call on the same weights by the same code
+was kept before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import pandas as pd
+
+from circuits.patching import PatchMap, patch_each
+from probes.attribution import Attribution, direct_logit_attribution
+from probes.fourier import FourierResult, fourier
+from probes.logit_lens import Trajectory, logit_lens
+from probes.progress import ProgressMeasures, progress
+from workbench.models.transformer import Transformer
+from workbench.runtime import WorkbenchError
+from workbench.store import Result, load_summary, result_key, save_result, write_atomic
+from workbench.tasks.base import Batch
+from workbench.tasks.modular import Modular
+from workbench.training.checkpoints import MEASURES, Run
+
+PATCH_SITES = "resid_pre,attn_out,mlp_out,z"
+PAIRS = 64
+SEED = 0
+
+
+def fourier_of(run: Run, step: int | None = None) -> FourierResult:
+    """Fourier analysis of one checkpoint, its key frequencies those of the final one."""
+    final = fourier(run.model(), modular_task(run))
+    if step is None or step == run.checkpoint().step:
+        return final
+    return fourier(run.model(step), modular_task(run), key_frequencies=final.key_frequencies)
+
+
+def shuffled_fourier_of(run: Run) -> FourierResult:
+    """The control: the same analysis with the residues relabelled at random must find next to nothing."""
+    return fourier(run.model(), modular_task(run), shuffle_seed=SEED)
+
+
+def patch_of(
+    run: Run,
+    step: int | None = None,
+    *,
+    sites: str = PATCH_SITES,
+    direction: Literal["denoise", "noise", "both"] = "both",
+    n: int = PAIRS,
+    split: str = "test",
+    metric: str = "logit_difference",
+) -> PatchMap:
+    """Activation patching over pairs of a split."""
+    return patch_each(run.model(step), pairs_of(run, n, split), sites=sites, metric=metric, direction=direction)
+
+
+def lens_of(run: Run, step: int | None = None, *, n: int = PAIRS, split: str = "test") -> Trajectory:
+    """Logit lens over prompts of a split."""
+    return logit_lens(run.model(step), pairs_of(run, n, split))
+
+
+def attribution_of(run: Run, step: int | None = None, *, n: int = PAIRS, split: str = "test") -> Attribution:
+    """Direct logit attribution by component over pairs of a split."""
+    return direct_logit_attribution(run.model(step), pairs_of(run, n, split))
+
+
+def pairs_of(run: Run, n: int, split: str) -> Batch:
+    """The pairs that every analysis of a run looks at."""
+    return run.task.sample(n, split=split, seed=SEED)
+
+
+def measure(run: Run, on_step: Callable[[int], None] | None = None) -> pd.DataFrame:
+    """Progress measures at every checkpoint, the key frequencies fixed from the last; written beside the log."""
+    measures = measures_of(run, on_step)
+    lines = pd.DataFrame(measures.rows()).to_json(orient="records", lines=True, double_precision=15)
+    write_atomic(run.folder.path / MEASURES, lines.encode())
+    return pd.DataFrame(measures.rows())
+
+
+def measures_of(run: Run, on_step: Callable[[int], None] | None = None) -> ProgressMeasures:
+    """Progress measures at every checkpoint of the run."""
+    task = modular_task(run)
+    key_frequencies = fourier(run.model(), task).key_frequencies
+    return progress(_models(run), task, key_frequencies, on_step=on_step)
+
+
+def modular_task(run: Run) -> Modular:
+    """The run's task, where the analysis knows only modular arithmetic.
+
+    Raises:
+        WorkbenchError: the run learnt something else.
+    """
+    if not isinstance(run.task, Modular):
+        raise WorkbenchError(
+            f"Fourier analysis needs a run on modular arithmetic; {run.reference!r} learnt {run.task.name!r}."
+        )
+    return run.task
+
+
+def kept(
+    run: Run, name: str, compute: Callable[..., Result], step: int | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The summary of an analysis at a step: the kept one if there is one, else computed and kept."""
+    checkpoint = run.checkpoint(step)
+    parents = [checkpoint.sha256, run.checkpoint().sha256]
+    key = result_key(name, {"reference": run.recipe.to_json(), **arguments}, parents)
+    summary = load_summary(run.folder, key)
+    if summary is None:
+        result = compute(run, checkpoint.step, **arguments)
+        save_result(run.folder, key, result)
+        summary = load_summary(run.folder, key)
+        assert summary is not None
+    return {"run": run.reference, "step": checkpoint.step, **summary}
+
+
+def _models(run: Run) -> Iterator[tuple[int, Transformer]]:
+    for checkpoint in run.checkpoints:
+        yield checkpoint.step, run.model(checkpoint.step)

@@ -1,0 +1,126 @@
+"""`workbench …`: parse, call one command, print what it found.
+
+A command returns a `Printout`: one JSON object and the same as text. With `--json` standard output holds the object and
+nothing else; progress goes to standard error. Only a WorkbenchError is the user's: one line, exit code 2. This module and
+the parser import nothing heavy, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from apps.doctor import collision_message, intruders
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code says whose mistake an error was."""
+    options = build_parser().parse_args(arguments)
+    if found := intruders():
+        # Before anything of ours is imported: what would be imported may not be ours.
+        print(f"workbench: {collision_message(found)}", file=sys.stderr)
+        return 2
+    from apps import commands
+    from workbench.runtime import WorkbenchError
+    from workbench.store import to_json
+
+    command: Callable[[argparse.Namespace], commands.Printout] = getattr(commands, options.function)
+    try:
+        printout = command(options)
+    except WorkbenchError as error:
+        print(f"workbench {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"workbench {options.command}: interrupted. {error}".rstrip(), file=sys.stderr)
+        return INTERRUPTED
+    print(to_json(printout.content) if options.json else printout.text)
+    return printout.exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
+    parser = _Parser(prog="workbench", description="Train small transformers and take them apart.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, *, function: str | None = None) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(function=function or name)
+        command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        command.add_argument("--runs", type=Path, help="runs folder (default: $WORKBENCH_RUNS or ./runs)")
+        return command
+
+    app = add("app", "open the workbench in the browser, on 127.0.0.1")
+    app.add_argument("--port", type=int, default=8501)
+    app.add_argument("--no-browser", action="store_true", help="do not open a browser window")
+
+    add("recipes", "list what can be trained")
+
+    train = add("train", "train a recipe, or your own from file.py:function")
+    train.add_argument("recipe")
+    train.add_argument("--run", help="name of the run (default: the recipe's)")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field; repeatable")
+    train.add_argument("--seed", type=int, help="one seed for world, initial weights and batches")
+    train.add_argument("--resume", action="store_true", help="go on with the run that is there")
+    train.add_argument("--no-measures", action="store_true", help="leave the progress measures for later")
+
+    add("runs", "list runs and the gallery")
+    add("show", "one run: recipe, landmarks, checkpoints, results").add_argument("run")
+
+    lens = add("lens", "logit lens")
+    _add_run(lens)
+    _add_pairs(lens)
+
+    fourier = add("fourier", "Fourier analysis and progress measures")
+    _add_run(fourier)
+
+    patch = add("patch", "activation patching over sites and positions")
+    _add_run(patch)
+    _add_pairs(patch)
+    patch.add_argument("--sites", default="resid_pre,attn_out,mlp_out,z", help="kinds or sites, comma-separated")
+    patch.add_argument("--direction", choices=("denoise", "noise", "both"), default="both")
+    patch.add_argument("--metric", default="logit_difference")
+
+    imported = add("import", "make a run of your own model and pairs", function="import_model")
+    imported.add_argument("model", help="state dict with its config, HookedTransformer's, Hugging Face folder, file.py:function")
+    imported.add_argument("--pairs", type=Path, required=True, help="CSV or JSONL: clean, corrupt, answer, distractor")
+    imported.add_argument("--vocab", type=Path, help="one token a line; without it prompts are token ids")
+    imported.add_argument("--run", help="name of the run (default: the model's file name)")
+
+    report = add("report", "write the report of a run")
+    report.add_argument("run")
+    report.add_argument("--out", type=Path, help="folder (default: report-NAME)")
+
+    rerun = add("rerun", "rebuild a report from its manifest and compare")
+    rerun.add_argument("manifest", type=Path)
+    rerun.add_argument("--out", type=Path, help="folder for the rebuilt report (default: beside the manifest)")
+
+    add("doctor", "this installation: versions, device, kernels, name collisions")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and where help is, and exit with 2."""
+        print(f"{self.prog}: {message}. See `{self.prog} --help`.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", help="a name in the runs folder, a path, or gallery:NAME")
+    command.add_argument("--checkpoint", default=None, metavar="STEP|all", help="default: the last")
+
+
+def _add_pairs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--n", type=int, default=64, help="pairs to average over")
+    command.add_argument("--split", default="test")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

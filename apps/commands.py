@@ -1,0 +1,321 @@
+"""What each `workbench` command does: options in, a printout back. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.runtime import WorkbenchError
+from workbench.store import RunFolder, gallery_names, new_run, run_names, runs_root
+
+if TYPE_CHECKING:
+    from workbench.store import Result
+    from workbench.training.checkpoints import Run
+    from workbench.training.recipes import Recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Printout:
+    """What a command found: for programs, and for people."""
+
+    content: Mapping[str, Any]
+    text: str
+    exit_code: int = 0
+
+
+def app(options: argparse.Namespace) -> Printout:
+    """Serve the pages until interrupted."""
+    from apps.ui.server import serve
+
+    code = serve(port=options.port, open_browser=not options.no_browser, runs=options.runs)
+    return Printout(content={"port": options.port}, text="", exit_code=code)
+
+
+def recipes(options: argparse.Namespace) -> Printout:
+    """What can be trained."""
+    from workbench.training.recipes import RECIPES
+
+    rows = [_describe_recipe(make()) for make in RECIPES.values()]
+    return Printout(content={"recipes": rows}, text=_columns(rows, ("name", "parameters", "minutes", "shows")))
+
+
+def train(options: argparse.Namespace) -> Printout:
+    """Train a recipe, or go on with a run."""
+    from workbench.runtime import is_main_process
+    from workbench.training.loop import train as train_recipe
+
+    with _stopwatch() as clock:
+        recipe, folder = _run_to_continue(options) if options.resume else _run_to_start(options)
+        with _progress_bar(f"train {folder.reference}", recipe) as on_progress:
+            run = train_recipe(recipe, folder, resume=options.resume, on_progress=on_progress)
+        if not options.no_measures and is_main_process():
+            _measure_if_possible(run)
+    last = run.log.rows[-1]
+    content = {
+        "run": folder.reference,
+        "steps": last["step"],
+        **clock,
+        **{key: last[key] for key in ("train_loss", "test_loss", "train_accuracy", "test_accuracy")},
+        "step_memorised": run.log.step_memorised,
+        "step_generalised": run.log.step_generalised,
+        "reason": run.status["reason"],
+    }
+    return Printout(content=content, text=_pairs(content))
+
+
+def runs(options: argparse.Namespace) -> Printout:
+    """All runs, the gallery's too."""
+    from workbench.training.checkpoints import load
+
+    names = [*run_names(options.runs), *(f"gallery:{name}" for name in gallery_names())]
+    rows = [_describe_run(load(name, runs=options.runs)) for name in names]
+    text = _columns(rows, ("run", "recipe", "steps", "test_accuracy", "status")) if rows else _no_runs(options)
+    return Printout(content={"runs": rows}, text=text)
+
+
+def show(options: argparse.Namespace) -> Printout:
+    """One run in full."""
+    from workbench.training.checkpoints import load
+
+    run = load(options.run, runs=options.runs)
+    results = run.folder.results
+    content = {
+        **_describe_run(run),
+        "settings": run.recipe.to_json(),
+        "step_memorised": run.log.step_memorised,
+        "step_generalised": run.log.step_generalised,
+        "checkpoints": [
+            {"step": each.step, "reasons": list(each.reasons), "dtype": each.dtype, "sha256": each.sha256}
+            for each in run.checkpoints
+        ],
+        "results": sorted(path.name for path in results.iterdir()) if results.is_dir() else [],
+    }
+    steps = ", ".join(str(each["step"]) for each in content["checkpoints"])
+    text = _pairs({**content, "settings": run.recipe.shows, "checkpoints": steps, "results": len(content["results"])})
+    return Printout(content=content, text=text)
+
+
+def lens(options: argparse.Namespace) -> Printout:
+    """The logit lens at one checkpoint or all."""
+    from apps.analyses import lens_of
+
+    return _analyse(options, "lens", lens_of, {"n": options.n, "split": options.split})
+
+
+def fourier(options: argparse.Namespace) -> Printout:
+    """Fourier analysis at one checkpoint or all."""
+    from apps.analyses import fourier_of
+
+    return _analyse(options, "fourier", fourier_of, {})
+
+
+def patch(options: argparse.Namespace) -> Printout:
+    """Activation patching at one checkpoint or all."""
+    from apps.analyses import patch_of
+
+    names = ("sites", "direction", "n", "split", "metric")
+    return _analyse(options, "patch", patch_of, {name: getattr(options, name) for name in names})
+
+
+def import_model(options: argparse.Namespace) -> Printout:
+    """A run from a model and pairs of the user's own."""
+    from workbench.training.imports import import_run
+
+    name = options.run or Path(options.model.rpartition(":")[0] or options.model).stem
+    run, findings = import_run(options.model, options.pairs, name=name, vocab=options.vocab, runs=options.runs)
+    content = {"run": name, "sites": len(run.model().sites), **findings.summary()}
+    return Printout(content=content, text=_pairs(content))
+
+
+def report(options: argparse.Namespace) -> Printout:
+    """The report of a run."""
+    from apps.report import report_run
+    from workbench.training.checkpoints import load
+
+    run = load(options.run, runs=options.runs)
+    out = options.out or Path(f"report-{run.folder.path.name}")
+    written = report_run(run, out)
+    return Printout(content=written.summary(), text=_pairs(written.summary()))
+
+
+def rerun(options: argparse.Namespace) -> Printout:
+    """A report rebuilt from its manifest, and how it compares."""
+    from apps.report import rerun_report
+
+    comparison = rerun_report(options.manifest, options.out, runs=options.runs)
+    summary = comparison.summary()
+    return Printout(content=summary, text=_pairs(summary), exit_code=0 if comparison.reproduced else 1)
+
+
+def doctor(options: argparse.Namespace) -> Printout:
+    """The installation."""
+    from apps.doctor import examine
+
+    content = examine()
+    return Printout(content=content, text=_pairs(content))
+
+
+def _analyse(
+    options: argparse.Namespace, name: str, compute: Callable[..., Result], arguments: Mapping[str, Any]
+) -> Printout:
+    from apps.analyses import kept
+    from workbench.training.checkpoints import load
+
+    run = load(options.run, runs=options.runs)
+    if options.checkpoint == "all":
+        with _stopwatch() as clock:
+            found = [kept(run, name, compute, each.step, arguments) for each in run.checkpoints]
+        content = {"run": run.reference, "checkpoints": found, **clock}
+        return Printout(content=content, text="\n\n".join(_pairs(_scalars(each)) for each in found))
+    with _stopwatch() as clock:
+        found_one = kept(run, name, compute, _step(options.checkpoint), arguments)
+    cells = found_one.get("cells")
+    text = _pairs(_scalars(found_one)) + ("\n\n" + _columns(cells, tuple(cells[0])) if cells else "")
+    return Printout(content={**found_one, **clock}, text=text)
+
+
+def _step(checkpoint: str | None) -> int | None:
+    if checkpoint is None:
+        return None
+    if not checkpoint.isdecimal():
+        raise WorkbenchError(f"--checkpoint takes a step or 'all', got {checkpoint!r}.")
+    return int(checkpoint)
+
+
+def _run_to_start(options: argparse.Namespace) -> tuple[Recipe, RunFolder]:
+    from workbench.runtime import is_main_process
+    from workbench.training.recipes import find_recipe
+
+    recipe = find_recipe(options.recipe)
+    recipe = recipe if options.seed is None else recipe.with_seed(options.seed)
+    recipe = recipe.override(options.set)
+    name = options.run or recipe.name
+    if is_main_process():
+        return recipe, new_run(name, options.runs)
+    return recipe, RunFolder(path=runs_root(options.runs) / name, reference=name)
+
+
+def _run_to_continue(options: argparse.Namespace) -> tuple[Recipe, RunFolder]:
+    from workbench.training.checkpoints import load
+    from workbench.training.recipes import find_recipe
+
+    if options.set or options.seed is not None:
+        raise WorkbenchError("--resume goes on with the run's own recipe; leave --set and --seed out.")
+    run = load(options.run or find_recipe(options.recipe).name, runs=options.runs)
+    return run.recipe, run.folder
+
+
+def _measure_if_possible(run: Run) -> None:
+    from apps.analyses import measure
+    from workbench.tasks.modular import Modular
+
+    if isinstance(run.task, Modular):
+        with _steps_bar("measure", len(run.checkpoints)) as on_step:
+            measure(run, on_step)
+
+
+def _describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    import torch
+
+    from workbench.models.transformer import Transformer
+
+    with torch.device("meta"):
+        model = Transformer(recipe.model, generator=None)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"name": recipe.name, "parameters": parameters, "minutes": recipe.minutes, "shows": recipe.shows}
+
+
+def _describe_run(run: Run) -> dict[str, Any]:
+    last = run.log.rows[-1] if run.log.rows else {}
+    status = "training" if run.folder.busy else str(run.status["reason"])
+    return {
+        "run": run.reference,
+        "recipe": run.recipe.name,
+        "steps": last.get("step", 0),
+        "test_accuracy": last.get("test_accuracy"),
+        "status": status,
+    }
+
+
+def _no_runs(options: argparse.Namespace) -> str:
+    return "No runs yet. Train one: `workbench train modular-smoke`."
+
+
+def _scalars(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != "cells"}
+
+
+def _pairs(content: Mapping[str, Any]) -> str:
+    width = max(map(len, content), default=0)
+    return "\n".join(f"{key:<{width}}  {_short(value)}" for key, value in content.items())
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    cells = [list(names), *([_short(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _stopwatch() -> Iterator[dict[str, float]]:
+    """Wall and CPU seconds of the block, filled in at its end."""
+    clock: dict[str, float] = {}
+    wall, cpu = time.monotonic(), _cpu_seconds()
+    yield clock
+    clock["seconds"] = round(time.monotonic() - wall, 3)
+    clock["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+@contextmanager
+def _progress_bar(title: str, recipe: Recipe) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
+    """A bar on standard error with step, losses, accuracies and time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[latest]}"),
+        TimeRemainingColumn(),
+    )
+    assert recipe.train is not None
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(title, total=recipe.train.steps, latest="")
+
+        def on_progress(step: int, steps: int, row: Mapping[str, Any]) -> None:
+            latest = (
+                f"loss {row['train_loss']:.2e} / {row['test_loss']:.2e}  "
+                f"accuracy {row['train_accuracy']:.3f} / {row['test_accuracy']:.3f} (train / test)"
+            )
+            progress.update(bar, completed=step, latest=latest)
+
+        yield on_progress
+
+
+@contextmanager
+def _steps_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A plain bar on standard error, advanced once for each checkpoint."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task(title, total=total)
+        yield lambda step: progress.advance(bar)

@@ -1,0 +1,3 @@
+"""Intervenes: changes an activation or a weight to learn a cause."""
+
+__dist__ = "interp-workbench"

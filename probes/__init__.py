@@ -1,0 +1,3 @@
+"""Looks: reads activations and weights and changes nothing."""
+
+__dist__ = "interp-workbench"
