@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -20,6 +20,7 @@ PerRead = Callable[
 ]
 
 
+@runtime_checkable
 class Answers(Protocol):
     """What a metric reads of a batch."""
 

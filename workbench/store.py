@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from workbench.runtime import WorkbenchError, code_version, nearest
 
@@ -54,6 +54,7 @@ class Provenance:
         return asdict(self)
 
 
+@runtime_checkable
 class Result(Protocol):
     """What an analysis returns."""
 

@@ -143,6 +143,7 @@ class Site:
         return cls(kind=SiteKind[match["kind"]], **number)
 
 
+@runtime_checkable
 class Shape(Protocol):
     """What instrumentation needs to know of a model's configuration."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -57,6 +57,7 @@ def _slice(tensors: Mapping[Site, Tensor], site: Site | str, argument: str) -> T
     return tensor
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a patch takes its values from."""
 

@@ -55,24 +55,37 @@ class ReadPlan:
 
 def read_logits(model: Transformer, plan: ReadPlan) -> Float[Tensor, "reads vocab"]:
     """Logits at the read positions, in the order of `read.nonzero()`."""
+    weights = model.weights[model.config.steps[-1]]
+    return model.finish(_add_mlp(weights, _last_mid(model, plan)), {})
+
+
+def read_neurons(
+    model: Transformer, plan: ReadPlan
+) -> tuple[Float[Tensor, "reads vocab"], Float[Tensor, "reads d_mlp"]]:
+    """Logits, and the last step's neurons (its site `post`), at the read positions. The model must have an MLP."""
+    mid, weights = _last_mid(model, plan), model.weights[model.config.steps[-1]]
+    assert weights.mlp is not None
+    post = weights.mlp.activation(weights.mlp.read(mid if weights.ln2 is None else weights.ln2(mid)))
+    return model.finish(mid + weights.mlp.write(post), {}), post
+
+
+def _last_mid(model: Transformer, plan: ReadPlan) -> Float[Tensor, "reads d_model"]:
+    """The residual stream at the reads, between attention and MLP of the last step."""
     # Rows of every distinct (token, position); the first step's projections are computed on these alone.
     rows = functional.embedding(plan.distinct_token, model.embed.W_E)
-    rows = rows + functional.embedding(plan.distinct_position, model.pos_embed.W_pos)
+    x = rows + functional.embedding(plan.distinct_position, model.pos_embed.W_pos)
+    index: Tensor | None = plan.index
     allowed = model.allowed(plan.tokens)
-    x, last = rows, model.config.n_steps - 1
-    for step, block in enumerate(model.config.steps):
+    for block in model.config.steps[:-1]:
         weights = model.weights[block]
-        normed = x if weights.ln1 is None else weights.ln1(x)
-        index = plan.index if step == 0 else None
-        if step == last:
-            attended = _attend_at_reads(weights.attn, normed, index, plan, allowed)
-            at_reads = plan.index[plan.example, plan.position] if step == 0 else None
-            stream = functional.embedding(at_reads, x) if at_reads is not None else x[plan.example, plan.position]
-        else:
-            attended = _attend(weights.attn, normed, index, allowed)
-            stream = x if index is None else functional.embedding(index, x)
-        x = _add_mlp(weights, stream + attended)
-    return model.finish(x, {})
+        attended = _attend(weights.attn, x if weights.ln1 is None else weights.ln1(x), index, allowed)
+        x = _add_mlp(weights, (x if index is None else functional.embedding(index, x)) + attended)
+        index = None
+    weights = model.weights[model.config.steps[-1]]
+    attended = _attend_at_reads(weights.attn, x if weights.ln1 is None else weights.ln1(x), index, plan, allowed)
+    if index is None:
+        return x[plan.example, plan.position] + attended
+    return functional.embedding(index[plan.example, plan.position], x) + attended
 
 
 def _attend(

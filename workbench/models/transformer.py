@@ -84,9 +84,8 @@ class ModelConfig:
             raise WorkbenchError(
                 f"schedule {self.schedule} must run every block of 0 to {self.n_layers - 1} at least once, and no other."
             )
-        # JSON brings lists; a config compares and hashes by value.
+        # One order, so that equal sets of biases are equal configs.
         object.__setattr__(self, "biases", tuple(bias for bias in BIASES if bias in self.biases))
-        object.__setattr__(self, "schedule", None if self.schedule is None else tuple(self.schedule))
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -167,8 +167,7 @@ class Trainer:
                 position.seconds += time.monotonic() - clock
                 self.save_state()
                 raise Interrupted(f"The state at step {position.step} is saved; go on with --resume.")
-            self._step()
-            position.step += 1
+            self.step()
             now = time.monotonic()
             position.seconds, clock = position.seconds + now - clock, now
             if is_evaluation(position.step, config):
@@ -179,6 +178,22 @@ class Trainer:
                 self.save_state()
                 saved = time.monotonic()
         self._finish(reason)
+
+    def step(self) -> None:
+        """One update of the weights."""
+        config = self.config
+        warm = min(1.0, (self.position.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.learning_rate * warm
+        own, count = self._draw()
+        # Gradients of several processes are averaged: each gives its share times their number.
+        loss = self.wrapped(own.plan, own.answers, count / self.accelerator.num_processes)
+        self.optimiser.zero_grad()
+        self.accelerator.backward(loss)
+        if config.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_norm)
+        self.optimiser.step()
+        self.position.step += 1
 
     def save_state(self) -> None:
         """Write what resuming needs, and drop all but the last two states."""
@@ -235,20 +250,6 @@ class Trainer:
             if checkpoint.step > self.position.step:
                 checkpoint.path.with_suffix(".json").unlink()
                 checkpoint.path.unlink(missing_ok=True)
-
-    def _step(self) -> None:
-        config = self.config
-        warm = min(1.0, (self.position.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.learning_rate * warm
-        own, count = self._draw()
-        # Gradients of several processes are averaged: each gives its share times their number.
-        loss = self.wrapped(own.plan, own.answers, count / self.accelerator.num_processes)
-        self.optimiser.zero_grad()
-        self.accelerator.backward(loss)
-        if config.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_norm)
-        self.optimiser.step()
 
     def _draw(self) -> tuple[Dataset, int]:
         if self.own_rows is not None:

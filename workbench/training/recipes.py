@@ -69,7 +69,6 @@ class TrainConfig:
             raise WorkbenchError(f"betas must lie in [0, 1), got {self.betas}.")
         if self.loss_dtype not in ("float32", "float64"):
             raise WorkbenchError(f"Unknown loss_dtype {self.loss_dtype!r}. Known: float32, float64.")
-        object.__setattr__(self, "betas", tuple(self.betas))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +151,9 @@ class Recipe:
         try:
             return cls(
                 name=content["name"],
-                task=_task_from_json(dict(content["task"])),
-                model=ModelConfig(**content["model"]),
-                train=None if content["train"] is None else TrainConfig(**content["train"]),
+                task=_task_from_json(_with_tuples(content["task"])),
+                model=ModelConfig(**_with_tuples(content["model"])),
+                train=None if content["train"] is None else TrainConfig(**_with_tuples(content["train"])),
                 shows=content["shows"],
                 minutes=content["minutes"],
             )
@@ -289,6 +288,13 @@ def _task_from_json(content: dict[str, Any]) -> Task:
     return getattr(import_file(file), source["class"])(**content)
 
 
+def _with_tuples(content: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(content, Mapping):
+        return {key: _with_tuples(value) for key, value in content.items()}
+    return tuple(map(_with_tuples, content)) if isinstance(content, list) else content
+
+
 def _replace_fields(task: Task, changes: Mapping[str, Any]) -> Task:
     return replace(typing.cast(Any, task), **changes)
 
@@ -302,8 +308,7 @@ def _read_value(key: str, text: str, hint: Any) -> Any:
         value = json.loads(text)
     except ValueError:
         value = text
-    if isinstance(value, list):
-        value = tuple(value)
+    value = _with_tuples(value)
     if isinstance(value, int) and not isinstance(value, bool) and not is_bearable(value, hint):
         value = float(value)
     if not is_bearable(value, hint):

@@ -1,0 +1,52 @@
+import pytest
+
+from workbench.training.curves import HOLD, TrainLog
+
+
+def log(test_accuracies, *, every=100, squared=None):
+    rows = [
+        {
+            "step": index * every,
+            "train_accuracy": 1.0 if index else 0.0,
+            "test_accuracy": accuracy,
+            "train_loss": 1.0,
+            "test_loss": 2.0,
+            "sum_squared_weights": 100.0 if squared is None else squared[index],
+        }
+        for index, accuracy in enumerate(test_accuracies)
+    ]
+    return TrainLog(rows=rows, solved_accuracy=0.99)
+
+
+def test_a_landmark_is_the_first_of_ten_evaluations_in_a_row():
+    # Crosses at 200, falls back at 300, holds from 400.
+    accuracies = [0.0, 0.5, 1.0, 0.98, *[0.99] * HOLD]
+    assert log(accuracies).step_generalised == 400
+    assert log(accuracies[:-1]).step_generalised is None
+    assert log(accuracies).step_memorised == 100
+    assert log(accuracies).landmarks() == {"memorised": 100, "generalised": 400}
+    assert log(accuracies[:3]).landmarks() == {}
+
+
+@pytest.mark.parametrize(("settled", "clean"), [(99.1, True), (98.9, False)])
+def test_cleaned_up_when_weights_changed_by_less_than_one_percent_in_500_steps(settled, clean):
+    squared = [100.0] * HOLD + [settled] * 5
+    assert log([1.0] * 15, squared=squared).cleaned_up is clean
+
+
+def test_not_cleaned_up_before_it_generalised_or_before_500_steps():
+    assert not log([0.5] * 30).cleaned_up
+    assert not log([1.0] * HOLD, every=10).cleaned_up
+    assert log([1.0] * HOLD, every=60).cleaned_up
+
+
+def test_curves_as_tables():
+    loss, accuracy = log([0.0, 1.0]).tables()
+    assert loss.frame.columns.tolist() == ["step", "split", "loss"]
+    assert loss.log_y
+    assert not accuracy.log_y
+    assert set(accuracy.frame["accuracy"]) == {0.0, 1.0}
+
+
+def test_an_empty_log_has_no_landmarks():
+    assert log([]).landmarks() == {}

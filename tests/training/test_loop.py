@@ -1,0 +1,246 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from kill_and_resume import final_weights, finish, kill_and_resume, log_without_seconds
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from workbench.runtime import WorkbenchError
+from workbench.store import new_run
+from workbench.tasks.modular import Modular
+from workbench.training import loop
+from workbench.training.checkpoints import load
+from workbench.training.loop import Interrupted, is_evaluation, train
+from workbench.training.recipes import TrainConfig, find_recipe
+
+TINY = ["p=13", "d_model=16", "d_head=4", "d_mlp=32", "steps=60", "stop_when_clean=false"]
+
+
+def tiny(*settings):
+    return find_recipe("modular-smoke").override([*TINY, *settings])
+
+
+def weights(run):
+    return run.checkpoint().tensors()
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_recipe_log_checkpoints_states_and_status(tmp_path):
+    seen = []
+    run = train(tiny(), new_run("a", tmp_path), on_progress=lambda step, steps, row: seen.append((step, steps, row)))
+    assert [row["step"] for row in run.log.rows] == [0, *(step for step, _, _ in seen)]
+    assert seen[-1][:2] == (60, 60)
+    assert set(seen[-1][2]) == {
+        "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "sum_squared_weights", "seconds",
+    }  # fmt: skip
+    assert [checkpoint.step for checkpoint in run.checkpoints if checkpoint.step <= 32] == [0, 1, 2, 4, 8, 16, 32]
+    assert run.checkpoint().reasons == ("final",)
+    assert len(list((run.folder.path / "state").glob("*.safetensors"))) == loop.STATES_KEPT
+    assert run.status["finished"]
+    assert run.status["reason"] == "steps used up"
+    assert run.log.rows[-1]["train_loss"] < 0.5 * run.log.rows[0]["train_loss"]
+
+
+def test_logged_losses_are_those_of_the_hooked_forward(tmp_path):
+    run = train(tiny(), new_run("a", tmp_path))
+    for split in ("train", "test"):
+        batch = run.task.examples(split)
+        logits = run.model()(batch.tokens)[batch.read].double()
+        loss = functional.cross_entropy(logits, batch.targets[batch.read])
+        assert run.log.rows[-1][f"{split}_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    squared = sum(float(p.double().square().sum()) for p in weights(run).values())
+    assert run.log.rows[-1]["sum_squared_weights"] == pytest.approx(squared, rel=1e-6)
+
+
+def test_first_step_is_decoupled_adamw_by_hand(tmp_path):
+    recipe = tiny("steps=1", "warmup_steps=4", "learning_rate=0.01", "weight_decay=0.5")
+    run = train(recipe, new_run("a", tmp_path))
+    start = run.model(0)
+    batch = run.task.examples("train")
+    loss = functional.cross_entropy(start(batch.tokens)[batch.read].double(), batch.targets[batch.read])
+    loss.backward()
+    rate = 0.01 / 4
+    for (name, before), after in zip(start.named_parameters(), run.model(1).parameters(), strict=True):
+        gradient = before.grad
+        by_hand = before * (1 - rate * 0.5) - rate * gradient / (gradient.abs() + 1e-8)
+        # Where a gradient is itself rounding noise, its sign is too.
+        clear = gradient.abs() > 1e-6
+        assert torch.allclose(after[clear], by_hand[clear], atol=1e-6), name
+
+
+@pytest.mark.parametrize("setting", ["batch_size=32", "clip_norm=0.01", "loss_dtype=float32", "init_seed=1",
+                                     "weight_decay=0", "warmup_steps=0", "betas=[0.5,0.9]", "learning_rate=0.003"])  # fmt: skip
+def test_every_training_option_changes_the_weights(tmp_path, setting):
+    steps = "steps=20"
+    plain = train(tiny(steps), new_run("plain", tmp_path))
+    changed = train(tiny(steps, setting), new_run("changed", tmp_path))
+    assert not same(weights(plain), weights(changed))
+
+
+def test_batch_seed_matters_only_for_mini_batches(tmp_path):
+    full = [train(tiny(f"batch_seed={seed}", "steps=5"), new_run(f"f{seed}", tmp_path)) for seed in (0, 1)]
+    mini = [
+        train(tiny(f"batch_seed={seed}", "steps=5", "batch_size=16"), new_run(f"m{seed}", tmp_path)) for seed in (0, 1)
+    ]
+    assert same(weights(full[0]), weights(full[1]))
+    assert not same(weights(mini[0]), weights(mini[1]))
+
+
+def test_stops_by_itself_once_generalised_and_clean(tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.training.curves.SETTLED_STEPS", 20)
+    monkeypatch.setattr("workbench.training.curves.SETTLED_CHANGE", 0.5)
+    # So small a world is never learnt to 99 %; what is tested is the rule, not the network.
+    monkeypatch.setattr(Modular, "solved_accuracy", 0.4)
+    recipe = tiny("steps=5000", "stop_when_clean=true", "train_fraction=0.8", "evaluate_every=5")
+    run = train(recipe, new_run("a", tmp_path))
+    assert run.status["reason"] == "generalised and cleaned up"
+    assert run.log.rows[-1]["step"] < 5000
+    generalised = run.log.step_generalised
+    assert generalised is not None
+    assert "generalised" in run.checkpoint(generalised).reasons
+    assert "memorised" in run.checkpoint(run.log.step_memorised).reasons
+
+
+def test_checkpoints_are_dense_once_the_training_split_is_learnt(tmp_path):
+    run = train(tiny("steps=200", "evaluate_every=5", "p=7", "train_fraction=0.5"), new_run("a", tmp_path))
+    learnt = next(row["step"] for row in run.log.rows if row["train_accuracy"] >= run.task.solved_accuracy)
+    kept = {checkpoint.step for checkpoint in run.checkpoints}
+    assert {row["step"] for row in run.log.rows if row["step"] >= learnt} <= kept
+    assert all(step & (step - 1) == 0 for step in kept if step < learnt)
+
+
+def test_evaluations_are_regular_and_at_powers_of_two():
+    config = TrainConfig(steps=70, evaluate_every=30)
+    assert [step for step in range(1, 71) if is_evaluation(step, config)] == [1, 2, 4, 8, 16, 30, 32, 60, 64, 70]
+
+
+def test_interruption_saves_a_state_that_resumes_bit_identical(tmp_path):
+    recipe = tiny("batch_size=32", "steps=120")
+    unbroken = train(recipe, new_run("whole", tmp_path))
+    folder = new_run("broken", tmp_path)
+
+    def interrupt(step, steps, row):
+        if step == 50:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="step 5[01] is saved; go on with --resume"):
+        train(recipe, folder, on_progress=interrupt)
+    assert not load("broken", runs=tmp_path).status["finished"]
+    resumed = train(recipe, folder, resume=True)
+    assert same(weights(unbroken), weights(resumed))
+    without = [[{**row, "seconds": 0} for row in run.log.rows] for run in (unbroken, resumed)]
+    assert without[0] == without[1]
+    # Signals are handed back.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_off_the_main_thread_leaves_signals_alone(tmp_path):
+    runs = []
+    thread = threading.Thread(target=lambda: runs.append(train(tiny("steps=3"), new_run("a", tmp_path))))
+    thread.start()
+    thread.join()
+    assert runs[0].status["finished"]
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path):
+    run = train(tiny(), new_run("a", tmp_path))
+    again = train(run.recipe, run.folder, resume=True)
+    assert same(weights(run), weights(again))
+    assert len(again.log.rows) == len(run.log.rows)
+
+
+def test_damaged_state_is_named_and_the_one_before_it_used(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "STATE_SECONDS", 0.0)
+    recipe = tiny()
+    run = train(recipe, new_run("a", tmp_path))
+    newest = sorted((run.folder.path / "state").glob("*.safetensors"))[-1]
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(bytes(content))
+    again = train(recipe, run.folder, resume=True)
+    assert newest.name in caplog.text
+    assert "SHA-256" in caplog.text
+    assert "Falling back" in caplog.text
+    assert same(weights(run), weights(again))
+
+
+def test_resume_without_a_whole_state_is_refused(tmp_path):
+    run = train(tiny(), new_run("a", tmp_path))
+    for state in (run.folder.path / "state").glob("*.safetensors"):
+        state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(WorkbenchError, match="no whole state to resume from"):
+        train(run.recipe, run.folder, resume=True)
+
+
+def test_second_training_of_a_live_run_is_refused(tmp_path):
+    folder = new_run("a", tmp_path)
+    with folder.lock(), pytest.raises(WorkbenchError, match="being written by another process"):
+        train(tiny(), folder)
+
+
+def test_imported_run_cannot_be_trained(tmp_path):
+    with pytest.raises(WorkbenchError, match="was imported"):
+        train(replace(tiny(), train=None), new_run("a", tmp_path))
+
+
+@pytest.mark.slow
+def test_killed_runs_end_bit_identical_to_an_unbroken_one(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(whole)
+    hits = kill_and_resume(broken, kills=3, seed=1)
+    assert hits > 0
+    assert final_weights(broken) == final_weights(whole)
+    assert log_without_seconds(broken) == log_without_seconds(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), ("batch_size=33", "clip_norm=0.1")])
+def test_two_processes_compute_the_gradients_of_one(tmp_path, settings):
+    script = str(Path(__file__).with_name("two_processes.py"))
+    alone = [sys.executable, script]
+    # A free port, or two test workers would meet on the default one.
+    group = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+             "--rdzv_endpoint=localhost:0", script]  # fmt: skip
+    for command in (alone, group):
+        done = subprocess.run([*command, str(tmp_path), *TINY, *settings], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
+    assert one.keys() == two.keys()
+    for name in one:
+        scale = one[name].abs().max().clamp(min=1e-30)
+        assert float((one[name] - two[name]).abs().max() / scale) < 1e-6, name
+
+
+@pytest.mark.slow
+def test_command_line_refuses_a_live_run_and_resumes_after_ctrl_c(tmp_path):
+    command = [sys.executable, "-m", "apps.cli", "train", "modular-smoke", "--run", "live", "--runs", str(tmp_path)]
+    settings = [part for setting in [*TINY, "steps=100000"] for part in ("--set", setting)]
+    child = subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "live" / "metrics.jsonl").exists():
+        assert child.poll() is None
+        time.sleep(0.05)
+    second = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert second.returncode == 2
+    assert "being written by another process" in second.stderr
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=60) == 130
+    # Shorten the rest: what is resumed is the run's own recipe.
+    path = tmp_path / "live" / "recipe.json"
+    recipe = json.loads(path.read_text())
+    recipe["train"]["steps"] = load("live", runs=tmp_path).log.rows[-1]["step"] + 50
+    path.write_text(json.dumps(recipe))
+    done = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reason"] == "steps used up"
