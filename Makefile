@@ -13,7 +13,7 @@ STAMP := $(VENV)/.setup-stamp
 EXTRAS := figures,test,dev
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup app test check lint format lock clean
+.PHONY: help setup app test check lint format lock gallery clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -56,6 +56,10 @@ lock: ## newest versions that pyproject.toml admits into requirements.lock; torc
 	{ sed -n '/^#/p' requirements.lock; .lock-venv/bin/python -m pip freeze --exclude-editable | sed -E 's/^([^=]+==[^+]+)\+.*/\1/' | grep -v -E '^(nvidia|cuda)-|^triton=='; } > requirements.lock.new
 	@! grep -nE '://|@|/' requirements.lock.new || { echo "requirements.lock.new holds a path or an address; requirements.lock is unchanged" >&2; exit 1; }
 	mv requirements.lock.new requirements.lock && rm -rf .lock-venv
+
+gallery: setup ## trains the gallery's runs anew, minutes each; delete workbench/gallery/NAME first
+	$(BIN)/workbench train modular --run gallery-modular
+	$(BIN)/python -m apps.gallery gallery-modular modular
 
 clean: ## removes .venv and the caches; keeps runs/
 	rm -rf $(VENV) .lock-venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

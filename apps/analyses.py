@@ -1,4 +1,4 @@
-"""The analyses that the command line, the pages and the report share: a run and a step in, a result out.
+"""The analyses that command line, pages and report share: a run and a step in, a result out.
 
 Each names its arguments and its defaults once. `kept` runs one unless the same call on the same weights by the same code
 was kept before.
@@ -6,10 +6,9 @@ was kept before.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
-
-import pandas as pd
 
 from circuits.patching import PatchMap, patch_each
 from probes.attribution import Attribution, direct_logit_attribution
@@ -70,19 +69,19 @@ def pairs_of(run: Run, n: int, split: str) -> Batch:
     return run.task.sample(n, split=split, seed=SEED)
 
 
-def measure(run: Run, on_step: Callable[[int], None] | None = None) -> pd.DataFrame:
-    """Progress measures at every checkpoint, the key frequencies fixed from the last; written beside the log."""
+def measure(run: Run, on_step: Callable[[], None] | None = None) -> ProgressMeasures:
+    """Progress measures at every checkpoint, written beside the log."""
     measures = measures_of(run, on_step)
-    lines = pd.DataFrame(measures.rows()).to_json(orient="records", lines=True, double_precision=15)
+    lines = "".join(json.dumps(row) + "\n" for row in measures.rows)
     write_atomic(run.folder.path / MEASURES, lines.encode())
-    return pd.DataFrame(measures.rows())
+    return measures
 
 
-def measures_of(run: Run, on_step: Callable[[int], None] | None = None) -> ProgressMeasures:
-    """Progress measures at every checkpoint of the run."""
+def measures_of(run: Run, on_step: Callable[[], None] | None = None) -> ProgressMeasures:
+    """Progress measures at every checkpoint, the key frequencies fixed from the last."""
     task = modular_task(run)
     key_frequencies = fourier(run.model(), task).key_frequencies
-    return progress(_models(run), task, key_frequencies, on_step=on_step)
+    return progress(_models(run), task, key_frequencies, on_step=lambda row: on_step() if on_step else None)
 
 
 def modular_task(run: Run) -> Modular:

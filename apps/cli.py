@@ -1,8 +1,8 @@
 """`workbench …`: parse, call one command, print what it found.
 
-A command returns a `Printout`: one JSON object and the same as text. With `--json` standard output holds the object and
-nothing else; progress goes to standard error. Only a WorkbenchError is the user's: one line, exit code 2. This module and
-the parser import nothing heavy, so that help answers at once.
+A command returns a `Printout`: one JSON object and the same as text. With `--json` standard output holds the object
+and nothing else; progress goes to standard error. Only a WorkbenchError is the user's: one line, exit code 2. This
+module and the parser import nothing heavy, so that help answers at once.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     patch.add_argument("--metric", default="logit_difference")
 
     imported = add("import", "make a run of your own model and pairs", function="import_model")
-    imported.add_argument("model", help="state dict with its config, HookedTransformer's, Hugging Face folder, file.py:function")
+    imported.add_argument(
+        "model", help="state dict with its config, HookedTransformer's, Hugging Face folder, file.py:function"
+    )
     imported.add_argument("--pairs", type=Path, required=True, help="CSV or JSONL: clean, corrupt, answer, distractor")
     imported.add_argument("--vocab", type=Path, help="one token a line; without it prompts are token ids")
     imported.add_argument("--run", help="name of the run (default: the model's file name)")

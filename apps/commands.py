@@ -1,4 +1,7 @@
-"""What each `workbench` command does: options in, a printout back. Heavy imports happen inside the command that needs them."""
+"""What each `workbench` command does: options in, a printout back.
+
+Heavy imports happen inside the command that needs them.
+"""
 
 from __future__ import annotations
 
@@ -259,7 +262,9 @@ def _pairs(content: Mapping[str, Any]) -> str:
 def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     cells = [list(names), *([_short(row[name]) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def _short(value: Any) -> str:
@@ -311,11 +316,11 @@ def _progress_bar(title: str, recipe: Recipe) -> Iterator[Callable[[int, int, Ma
 
 
 @contextmanager
-def _steps_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def _steps_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
     """A plain bar on standard error, advanced once for each checkpoint."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(title, total=total)
-        yield lambda step: progress.advance(bar)
+        yield lambda: progress.advance(bar)

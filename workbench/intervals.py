@@ -17,7 +17,7 @@ LEVEL = 0.95
 
 
 def paired_bootstrap(
-    values: Float[Tensor, "example *cells"], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+    values: Float[Tensor, " example *cells"], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> tuple[Float[Tensor, " *cells"], Float[Tensor, " *cells"]]:
     """Percentile interval of the mean over examples (Efron 1979), the same resamples for every cell.
 
@@ -33,7 +33,7 @@ def paired_bootstrap(
 
 
 def ratio_bootstrap(
-    numerator: Float[Tensor, "example *cells"],
+    numerator: Float[Tensor, " example *cells"],
     denominator: Float[Tensor, " example"],
     *,
     seed: int = 0,
@@ -49,7 +49,7 @@ def ratio_bootstrap(
 
 
 def sign_flip_pvalue(
-    differences: Float[Tensor, "example *cells"], *, seed: int = 0, resamples: int = RESAMPLES
+    differences: Float[Tensor, " example *cells"], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Float[Tensor, " *cells"]:
     """Two-sided p-value that the mean paired difference is 0, by flipping signs of examples at random.
 

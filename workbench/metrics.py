@@ -25,11 +25,19 @@ class Answers(Protocol):
     """What a metric reads of a batch."""
 
     @property
-    def targets(self) -> Int[Tensor, "batch pos"]: ...
+    def targets(self) -> Int[Tensor, "batch pos"]:
+        """Right next tokens, valid where read."""
+        ...
+
     @property
-    def distractor(self) -> Int[Tensor, "batch pos"] | None: ...
+    def distractor(self) -> Int[Tensor, "batch pos"] | None:
+        """Answers to the counterfactual prompts."""
+        ...
+
     @property
-    def read(self) -> Bool[Tensor, "batch pos"]: ...
+    def read(self) -> Bool[Tensor, "batch pos"]:
+        """Where to look."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,9 +130,7 @@ METRICS = {
             needs_distractor=False,
             per_read=_log_probability,
         ),
-        Metric(
-            name="loss", unit="nats", higher="the answer is less probable", needs_distractor=False, per_read=_loss
-        ),
+        Metric(name="loss", unit="nats", higher="the answer is less probable", needs_distractor=False, per_read=_loss),
         Metric(
             name="accuracy",
             unit="fraction",

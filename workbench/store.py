@@ -59,7 +59,10 @@ class Result(Protocol):
     """What an analysis returns."""
 
     @property
-    def provenance(self) -> Provenance: ...
+    def provenance(self) -> Provenance:
+        """Where the findings come from."""
+        ...
+
     def tables(self) -> Sequence[Table]:
         """The findings as tables."""
         ...
@@ -203,7 +206,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WorkbenchError(
-            f"Cannot write {path}: {error.strerror or error}. Nothing was half-written; free space or choose another --runs."
+            f"Cannot write {path}: {error.strerror or error}. Nothing was half-written; "
+            "free space or choose another --runs."
         ) from error
 
 

@@ -49,7 +49,8 @@ class Table:
         from pandas.io.formats.style import Styler
 
         escaped = self.frame.rename(columns=_escape_latex)
-        styler = Styler(escaped, uuid="").hide(axis="index").format(_format_cell)
+        styler = Styler(escaped, uuid="")
+        styler.hide(axis="index").format(_format_cell)
         return styler.to_latex(caption=_escape_latex(self.caption), label=f"tab:{self.name}", hrules=True)
 
 

@@ -52,7 +52,9 @@ def run(
     fired.confirm()
     missing = recorded - set(kept)
     if missing:
-        raise WorkbenchError(f"The pass never reached {', '.join(map(str, sorted(missing)))}: nothing was recorded there.")
+        raise WorkbenchError(
+            f"The pass never reached {', '.join(map(str, sorted(missing)))}: nothing was recorded there."
+        )
     gradients = {} if gradient_of is None else _gradients(gradient_of(logits), kept)
     return Trace(
         tokens=tokens,
@@ -111,7 +113,9 @@ def check_tokens(tokens: Int[Tensor, "batch pos"], model: Instrumented) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.config.d_vocab:
         wrong = low if low < 0 else high
-        raise WorkbenchError(f"Token {wrong} is outside the vocabulary: tokens go from 0 to {model.config.d_vocab - 1}.")
+        raise WorkbenchError(
+            f"Token {wrong} is outside the vocabulary: tokens go from 0 to {model.config.d_vocab - 1}."
+        )
 
 
 def _apply(patches: Sequence[Patch], batch: int, fired: Fired, offsets: Mapping[str, int], tensor: Tensor) -> Tensor:

@@ -153,13 +153,24 @@ class Shape(Protocol):
         ...
 
     @property
-    def n_heads(self) -> int: ...
+    def n_heads(self) -> int:
+        """Attention heads of each layer."""
+        ...
+
     @property
-    def d_mlp(self) -> int: ...
+    def d_mlp(self) -> int:
+        """Neurons of each MLP, 0 if there is none."""
+        ...
+
     @property
-    def n_ctx(self) -> int: ...
+    def n_ctx(self) -> int:
+        """Longest prompt."""
+        ...
+
     @property
-    def d_vocab(self) -> int: ...
+    def d_vocab(self) -> int:
+        """Tokens that can be read."""
+        ...
 
 
 @runtime_checkable
@@ -167,7 +178,10 @@ class Instrumented(Protocol):
     """A model that can be looked into: our own, a TransformerLens bridge, or any module through nnsight."""
 
     @property
-    def config(self) -> Shape: ...
+    def config(self) -> Shape:
+        """Its shape."""
+        ...
+
     @property
     def sites(self) -> Sequence[Site]:
         """Every place of the model, whole (heads and neurons are slices of these), in order of depth."""

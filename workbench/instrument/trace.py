@@ -161,10 +161,14 @@ class Patch:
         if attention and self.positions is not None:
             raise WorkbenchError(f"Patch at {self.site}: say dest= and src=, not positions=.")
         if not attention and (self.dest is not None or self.src is not None):
-            raise WorkbenchError(f"Patch at {self.site}: say positions=; only pattern and attn_scores have dest and src.")
+            raise WorkbenchError(
+                f"Patch at {self.site}: say positions=; only pattern and attn_scores have dest and src."
+            )
         empty = self.positions is not None and len(self.positions) == 0
         if empty or (self.rows is not None and len(self.rows) == 0):
-            raise WorkbenchError(f"Patch at {self.site} names no {'position' if empty else 'row'}: it would do nothing.")
+            raise WorkbenchError(
+                f"Patch at {self.site} names no {'position' if empty else 'row'}: it would do nothing."
+            )
 
     def places(self, batch: int) -> Iterator[Place]:
         """The blocks that this patch writes in a batch of that many rows."""

@@ -49,13 +49,14 @@ class ReadPlan:
             index=index,
             example=example,
             position=position,
-            one_read_each=len(example) == len(tokens) and bool((example == torch.arange(len(tokens), device=tokens.device)).all()),
+            one_read_each=len(example) == len(tokens)
+            and bool((example == torch.arange(len(tokens), device=tokens.device)).all()),
         )
 
 
 def read_logits(model: Transformer, plan: ReadPlan) -> Float[Tensor, "reads vocab"]:
     """Logits at the read positions, in the order of `read.nonzero()`."""
-    weights = model.weights[model.config.steps[-1]]
+    weights = model.block(model.config.n_steps - 1)
     return model.finish(_add_mlp(weights, _last_mid(model, plan)), {})
 
 
@@ -63,7 +64,7 @@ def read_neurons(
     model: Transformer, plan: ReadPlan
 ) -> tuple[Float[Tensor, "reads vocab"], Float[Tensor, "reads d_mlp"]]:
     """Logits, and the last step's neurons (its site `post`), at the read positions. The model must have an MLP."""
-    mid, weights = _last_mid(model, plan), model.weights[model.config.steps[-1]]
+    mid, weights = _last_mid(model, plan), model.block(model.config.n_steps - 1)
     assert weights.mlp is not None
     post = weights.mlp.activation(weights.mlp.read(mid if weights.ln2 is None else weights.ln2(mid)))
     return model.finish(mid + weights.mlp.write(post), {}), post
@@ -76,12 +77,12 @@ def _last_mid(model: Transformer, plan: ReadPlan) -> Float[Tensor, "reads d_mode
     x = rows + functional.embedding(plan.distinct_position, model.pos_embed.W_pos)
     index: Tensor | None = plan.index
     allowed = model.allowed(plan.tokens)
-    for block in model.config.steps[:-1]:
-        weights = model.weights[block]
+    for step in range(model.config.n_steps - 1):
+        weights = model.block(step)
         attended = _attend(weights.attn, x if weights.ln1 is None else weights.ln1(x), index, allowed)
         x = _add_mlp(weights, (x if index is None else functional.embedding(index, x)) + attended)
         index = None
-    weights = model.weights[model.config.steps[-1]]
+    weights = model.block(model.config.n_steps - 1)
     attended = _attend_at_reads(weights.attn, x if weights.ln1 is None else weights.ln1(x), index, plan, allowed)
     if index is None:
         return x[plan.example, plan.position] + attended

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -82,7 +82,8 @@ class ModelConfig:
             raise WorkbenchError(f"pad_token {self.pad_token} is outside the vocabulary of {self.d_vocab} tokens.")
         if self.schedule is not None and (not self.schedule or set(self.schedule) != set(range(self.n_layers))):
             raise WorkbenchError(
-                f"schedule {self.schedule} must run every block of 0 to {self.n_layers - 1} at least once, and no other."
+                f"schedule {self.schedule} must run every block of 0 to {self.n_layers - 1} at least once, "
+                "and no other."
             )
         # One order, so that equal sets of biases are equal configs.
         object.__setattr__(self, "biases", tuple(bias for bias in BIASES if bias in self.biases))
@@ -340,6 +341,10 @@ class Transformer(nn.Module):
         """The unembedding matrix, tied or not."""
         return self.embed.W_E.T if self.unembed.W_U is None else self.unembed.W_U
 
+    def block(self, step: int) -> Block:
+        """Weights of the block that runs at a step."""
+        return cast(Block, self.weights[self.config.steps[step]])
+
     def forward(
         self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit] | None = None
     ) -> Float[Tensor, "batch pos vocab"]:
@@ -350,9 +355,7 @@ class Transformer(nn.Module):
             x = self.advance(step, x, tokens, edits)
         return self.finish(x, edits)
 
-    def start(
-        self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit]
-    ) -> Float[Tensor, "batch pos d_model"]:
+    def start(self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit]) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream before the first step."""
         active = self._by_place(edits)
         embedded = visit(self.hook_embed, self.embed.W_E[tokens], active)
@@ -369,11 +372,9 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """One step. With `past`, `x` holds only the last positions and attention reads the earlier ones from there."""
         allowed = self.allowed(tokens)[:, tokens.shape[1] - x.shape[1] :]
-        return self.blocks[step](x, self.weights[self.config.steps[step]], allowed, self._by_place(edits), past)
+        return self.blocks[step](x, self.block(step), allowed, self._by_place(edits), past)
 
-    def finish(
-        self, x: Float[Tensor, "*rows d_model"], edits: Mapping[Site, Edit]
-    ) -> Float[Tensor, "*rows vocab"]:
+    def finish(self, x: Float[Tensor, "*rows d_model"], edits: Mapping[Site, Edit]) -> Float[Tensor, "*rows vocab"]:
         """Logits of the rows given."""
         logits = self.ln_final(x, self.final_norm, self._by_place(edits)) @ self.W_U
         return logits if self.unembed.b_U is None else logits + self.unembed.b_U

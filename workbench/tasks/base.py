@@ -1,7 +1,7 @@
 """The Task protocol and the Batch that every task deals out.
 
-A task knows its world (drawn from a seed), its vocabulary, its splits, how to change one latent of a prompt and keep the
-others, and where each latent stands in the prompt. Nothing else in the workbench knows what a token means.
+A task knows its world (drawn from a seed), its vocabulary, its splits, how to change one latent of a prompt and keep
+the others, and where each latent stands in the prompt. Nothing else in the workbench knows what a token means.
 """
 
 from __future__ import annotations

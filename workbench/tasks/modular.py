@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -26,11 +26,12 @@ PROMPT = re.compile(r"\s*(\d+)\s*([-+*/]?)\s*(\d+)\s*=?\s*")
 class Modular:
     """One operation on residues modulo `p`; a value that rebuilds its world."""
 
-    name: ClassVar[str] = "modular"
-    splits: ClassVar[Sequence[str]] = ("train", "test", "all")
-    contrasts: ClassVar[Sequence[str]] = ("operand", "a", "b")
-    pad_token: ClassVar[int | None] = None
-    solved_accuracy: ClassVar[float] = 0.99
+    # Without annotations these are the class's, not fields.
+    name = "modular"
+    splits = ("train", "test", "all")
+    contrasts = ("operand", "a", "b")
+    pad_token = None
+    solved_accuracy = 0.99
 
     operation: Operation = "add"
     """Division is by non-zero residues and needs a prime modulus."""
@@ -98,7 +99,9 @@ class Modular:
         """
         pool = self.examples(split)
         if not 1 <= n <= len(pool):
-            raise WorkbenchError(f"Asked for {n} examples of split {split!r}, which has {len(pool)}. Ask for 1 to that.")
+            raise WorkbenchError(
+                f"Asked for {n} examples of split {split!r}, which has {len(pool)}. Ask for 1 to that."
+            )
         rng = generator(seed, "sample")
         shuffled = pool.select(torch.randperm(len(pool), generator=rng))
         # Drawn one pass at a time, so that `dropped` counts only the pairs that were looked at for these n.

@@ -204,5 +204,3 @@ def export(run: Run, target: RunFolder, *, count: int, dtype: torch.dtype) -> No
             (target.path / name).write_bytes(source.read_bytes())
     for checkpoint in thin(run, count):
         save_checkpoint(target, checkpoint.step, checkpoint.tensors(), checkpoint.reasons, dtype=dtype)
-
-

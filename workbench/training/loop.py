@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -313,7 +313,7 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return stop
         flag = torch.tensor([float(stop)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+        return bool(cast(Tensor, self.accelerator.reduce(flag, "sum")) > 0)
 
 
 def is_evaluation(step: int, config: TrainConfig) -> bool:

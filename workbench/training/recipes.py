@@ -61,7 +61,8 @@ class TrainConfig:
             raise WorkbenchError(f"batch_size must be at least 1, or null for full batch, got {self.batch_size}.")
         if self.learning_rate <= 0 or self.weight_decay < 0:
             raise WorkbenchError(
-                f"learning_rate must be above 0 and weight_decay at least 0, got {self.learning_rate}, {self.weight_decay}."
+                "learning_rate must be above 0 and weight_decay at least 0, "
+                f"got {self.learning_rate} and {self.weight_decay}."
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise WorkbenchError(f"clip_norm must be above 0, or null for none, got {self.clip_norm}.")
@@ -203,12 +204,10 @@ def modular() -> Recipe:
 
 def modular_paper() -> Recipe:
     """The mainline setting of Nanda et al. 2023: as `modular`, for all of its 40,000 epochs."""
-    recipe = modular()
-    train = replace(recipe.train, steps=40_000, stop_when_clean=False)
     return replace(
-        recipe,
+        modular(),
         name="modular-paper",
-        train=train,
+        train=TrainConfig(steps=40_000, stop_when_clean=False),
         shows="As modular, and that the circuit stays: the published 40,000 full-batch epochs without early stop.",
         minutes=25,
     )

@@ -1,0 +1,1 @@
+"""Small finished runs that ship with the package."""
