@@ -1,7 +1,7 @@
 """The analyses that command line, pages and report share: a run and a step in, a result out.
 
-Each names its arguments and its defaults once. `kept` runs one unless the same call on the same weights by the same code
-was kept before.
+Each names its arguments and its defaults once. `kept` runs one unless the same call on the same weights by the same
+code was kept before.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def patch_of(
 
 def lens_of(run: Run, step: int | None = None, *, n: int = PAIRS, split: str = "test") -> Trajectory:
     """Logit lens over prompts of a split."""
-    return logit_lens(run.model(step), pairs_of(run, n, split))
+    return logit_lens(run.model(step), pairs_of(run, n, split), position_labels=run.task.position_labels)
 
 
 def attribution_of(run: Run, step: int | None = None, *, n: int = PAIRS, split: str = "test") -> Attribution:

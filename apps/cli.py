@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"workbench: {collision_message(found)}", file=sys.stderr)
         return 2
     from apps import commands
-    from workbench.runtime import WorkbenchError
+    from workbench.runtime import WorkbenchError, is_main_process
     from workbench.store import to_json
 
     command: Callable[[argparse.Namespace], commands.Printout] = getattr(commands, options.function)
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"workbench {options.command}: interrupted. {error}".rstrip(), file=sys.stderr)
         return INTERRUPTED
-    print(to_json(printout.content) if options.json else printout.text)
+    if is_main_process():
+        print(to_json(printout.content) if options.json else printout.text)
     return printout.exit_code
 
 

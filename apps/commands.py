@@ -9,18 +9,21 @@ import argparse
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.runtime import WorkbenchError
+from workbench.runtime import WorkbenchError, is_main_process
 from workbench.store import RunFolder, gallery_names, new_run, run_names, runs_root
 
 if TYPE_CHECKING:
     from workbench.store import Result
     from workbench.training.checkpoints import Run
     from workbench.training.recipes import Recipe
+
+
+RUN_COLUMNS = ("run", "recipe", "steps", "test_accuracy", "step_memorised", "step_generalised", "status")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,13 +47,12 @@ def recipes(options: argparse.Namespace) -> Printout:
     """What can be trained."""
     from workbench.training.recipes import RECIPES
 
-    rows = [_describe_recipe(make()) for make in RECIPES.values()]
+    rows = [describe_recipe(make()) for make in RECIPES.values()]
     return Printout(content={"recipes": rows}, text=_columns(rows, ("name", "parameters", "minutes", "shows")))
 
 
 def train(options: argparse.Namespace) -> Printout:
     """Train a recipe, or go on with a run."""
-    from workbench.runtime import is_main_process
     from workbench.training.loop import train as train_recipe
 
     with _stopwatch() as clock:
@@ -74,11 +76,8 @@ def train(options: argparse.Namespace) -> Printout:
 
 def runs(options: argparse.Namespace) -> Printout:
     """All runs, the gallery's too."""
-    from workbench.training.checkpoints import load
-
-    names = [*run_names(options.runs), *(f"gallery:{name}" for name in gallery_names())]
-    rows = [_describe_run(load(name, runs=options.runs)) for name in names]
-    text = _columns(rows, ("run", "recipe", "steps", "test_accuracy", "status")) if rows else _no_runs(options)
+    rows = list_runs(options.runs)
+    text = _columns(rows, RUN_COLUMNS) if rows else _no_runs(options)
     return Printout(content={"runs": rows}, text=text)
 
 
@@ -89,10 +88,8 @@ def show(options: argparse.Namespace) -> Printout:
     run = load(options.run, runs=options.runs)
     results = run.folder.results
     content = {
-        **_describe_run(run),
+        **describe_run(run),
         "settings": run.recipe.to_json(),
-        "step_memorised": run.log.step_memorised,
-        "step_generalised": run.log.step_generalised,
         "checkpoints": [
             {"step": each.step, "reasons": list(each.reasons), "dtype": each.dtype, "sha256": each.sha256}
             for each in run.checkpoints
@@ -192,13 +189,12 @@ def _step(checkpoint: str | None) -> int | None:
 
 
 def _run_to_start(options: argparse.Namespace) -> tuple[Recipe, RunFolder]:
-    from workbench.runtime import is_main_process
     from workbench.training.recipes import find_recipe
 
     recipe = find_recipe(options.recipe)
     recipe = recipe if options.seed is None else recipe.with_seed(options.seed)
     recipe = recipe.override(options.set)
-    name = options.run or recipe.name
+    name = recipe.name if options.run is None else options.run
     if is_main_process():
         return recipe, new_run(name, options.runs)
     return recipe, RunFolder(path=runs_root(options.runs) / name, reference=name)
@@ -210,7 +206,8 @@ def _run_to_continue(options: argparse.Namespace) -> tuple[Recipe, RunFolder]:
 
     if options.set or options.seed is not None:
         raise WorkbenchError("--resume goes on with the run's own recipe; leave --set and --seed out.")
-    run = load(options.run or find_recipe(options.recipe).name, runs=options.runs)
+    name = find_recipe(options.recipe).name if options.run is None else options.run
+    run = load(name, runs=options.runs)
     return run.recipe, run.folder
 
 
@@ -223,7 +220,8 @@ def _measure_if_possible(run: Run) -> None:
             measure(run, on_step)
 
 
-def _describe_recipe(recipe: Recipe) -> dict[str, Any]:
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """A recipe in one row."""
     import torch
 
     from workbench.models.transformer import Transformer
@@ -234,7 +232,21 @@ def _describe_recipe(recipe: Recipe) -> dict[str, Any]:
     return {"name": recipe.name, "parameters": parameters, "minutes": recipe.minutes, "shows": recipe.shows}
 
 
-def _describe_run(run: Run) -> dict[str, Any]:
+def list_runs(root: Path | None = None) -> list[dict[str, Any]]:
+    """A row for each run and for each of the gallery; one that cannot be read says so in its row."""
+    from workbench.training.checkpoints import load
+
+    rows = []
+    for name in [*run_names(root), *(f"gallery:{name}" for name in gallery_names())]:
+        try:
+            rows.append(describe_run(load(name, runs=root)))
+        except WorkbenchError as error:
+            rows.append(dict.fromkeys(RUN_COLUMNS) | {"run": name, "status": f"unreadable: {error}"})
+    return rows
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """A run in one row."""
     last = run.log.rows[-1] if run.log.rows else {}
     status = "training" if run.folder.busy else str(run.status["reason"])
     return {
@@ -242,6 +254,8 @@ def _describe_run(run: Run) -> dict[str, Any]:
         "recipe": run.recipe.name,
         "steps": last.get("step", 0),
         "test_accuracy": last.get("test_accuracy"),
+        "step_memorised": run.log.step_memorised,
+        "step_generalised": run.log.step_generalised,
         "status": status,
     }
 
@@ -294,21 +308,25 @@ def _progress_bar(title: str, recipe: Recipe) -> Iterator[Callable[[int, int, Ma
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    # All of it fits into 80 columns, which is what a log file gets.
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=8),
         TextColumn("{task.completed}/{task.total}"),
         TextColumn("{task.fields[latest]}"),
         TimeRemainingColumn(),
     )
     assert recipe.train is not None
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(title, total=recipe.train.steps, latest="")
+    progress = Progress(*columns, console=Console(stderr=True), disable=not is_main_process())
+    bar = progress.add_task(title, total=recipe.train.steps, latest="")
+    with ExitStack() as stack:
 
         def on_progress(step: int, steps: int, row: Mapping[str, Any]) -> None:
-            latest = (
-                f"loss {row['train_loss']:.2e} / {row['test_loss']:.2e}  "
-                f"accuracy {row['train_accuracy']:.3f} / {row['test_accuracy']:.3f} (train / test)"
+            if not progress.live.is_started:
+                # Not before: a run that is refused gets its one line and no bar.
+                stack.enter_context(progress)
+            latest = "  ".join(
+                f"{split} {row[f'{split}_loss']:.1e} {row[f'{split}_accuracy']:6.1%}" for split in ("train", "test")
             )
             progress.update(bar, completed=step, latest=latest)
 

@@ -111,6 +111,7 @@ class FourierResult:
         return {
             "key_frequencies": list(self.key_frequencies),
             "neurons_explained": None if self.neurons is None else self.neurons.share_explained,
+            "neurons_explained_of_all": None if self.neurons is None else self.neurons.share_explained_of_all,
             "live_neurons": None if self.neurons is None else int(self.neurons.live.sum()),
             "logits_explained": self.logits_explained,
             **{name: estimate.mean for name, estimate in self.losses.items()},

@@ -43,6 +43,11 @@ class NeuronSpectrum:
         """Share of live neurons that one frequency explains almost wholly."""
         return float((self.explained[self.live] > EXPLAINED).double().mean()) if self.live.any() else 0.0
 
+    @property
+    def share_explained_of_all(self) -> float:
+        """The same share of all neurons, weak and dead ones too: does not depend on where live begins."""
+        return float((self.explained > EXPLAINED).double().mean())
+
     def owners(self) -> dict[int, int]:
         """Frequency -> number of live neurons that it owns, where there are any."""
         owned = self.frequency[self.live & (self.explained > OWNED)]

@@ -18,6 +18,7 @@ def test_planted_frequencies_are_found(planted, operation):
     summary = found.summary()
     assert found.key_frequencies == KEY
     assert summary["neurons_explained"] == 1.0
+    assert summary["neurons_explained_of_all"] == 1.0
     assert summary["live_neurons"] == 15
     assert summary["logits_explained"] == pytest.approx(1.0, abs=1e-5)
     pairs = task.examples("test").tokens[:, :2]
@@ -80,6 +81,7 @@ def test_without_neurons_the_logits_name_the_key_frequencies(planted):
     assert found.key_frequencies == KEY
     summary = found.summary()
     assert summary["neurons_explained"] is None
+    assert summary["neurons_explained_of_all"] is None
     assert summary["live_neurons"] is None
     assert found.neurons_of(2) == []
     assert {table.name for table in found.tables()}.isdisjoint({"neuron_frequencies", "neurons_explained"})

@@ -118,11 +118,11 @@ def test_tables_and_summary(transformer):
     assert all(table.csv() for table in tables.values())
 
 
-def test_bad_input(transformer, planted):
+def test_bad_input(transformer, foreign):
     model, batch = transformer(TASK), TASK.sample(4)
     with pytest.raises(WorkbenchError, match=r"reads the residual stream; L0.z.h0, L0.z.h1, L0.mlp_out is not it"):
         logit_lens(model, batch, sites="mlp_out,z")
     with pytest.raises(WorkbenchError, match="2 position labels for prompts of 3 positions"):
         logit_lens(model, batch, position_labels=["a", "b"])
-    with pytest.raises(WorkbenchError, match="Planted has none. Import the model"):
-        logit_lens(planted(TASK, [2]), batch, sites="embed")
+    with pytest.raises(WorkbenchError, match="Foreign has none. Import the model"):
+        logit_lens(foreign(model), batch)

@@ -66,6 +66,7 @@ def test_neurons_by_hand():
     # A constant neuron has no variance to explain; the last one follows 3, but is too weak to count as live.
     assert found.live.tolist() == [True, True, False, False]
     assert found.share_explained == 0.5
+    assert found.share_explained_of_all == 0.5
     assert found.owners() == {1: 1, 3: 1}
 
 
@@ -83,6 +84,9 @@ def test_key_frequencies_own_two_in_a_hundred():
     assert neuron_spectrum(torch.cat([one, other], 2).float()).key_frequencies() == (4, 5)
     more = torch.cat([one, one[..., :3], other], 2).float()
     assert neuron_spectrum(more).key_frequencies() == (4,)
+    # Two dead neurons count for the share of all, not for the live ones'.
+    dead = neuron_spectrum(torch.cat([one[..., :6], 0 * one[..., :2]], 2).float())
+    assert (dead.share_explained, dead.share_explained_of_all) == (1.0, 0.75)
 
 
 def test_dead_layer_explains_nothing():

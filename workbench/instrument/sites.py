@@ -70,7 +70,7 @@ class SiteKind(Enum):
         """Whether each layer has one."""
         return "{}" in self.place
 
-    @property
+    @functools.cached_property
     def rank(self) -> int:
         """Order within a layer."""
         return list(SiteKind).index(self)
@@ -168,6 +168,11 @@ class Shape(Protocol):
         ...
 
     @property
+    def causal(self) -> bool:
+        """Whether positions attend only to themselves and earlier ones."""
+        ...
+
+    @property
     def d_vocab(self) -> int:
         """Tokens that can be read."""
         ...
@@ -230,7 +235,7 @@ def select_sites(wanted: str | Iterable[str | Site], model: Instrumented) -> tup
 
     Args:
         wanted: sites or a comma-separated list. A kind (`z`) stands for all its layers; a kind with heads, without one
-            named, for every head (`L0.z` is all heads of layer 0).
+            named, for every head (`L0.z` is all heads of layer 0); `L0.post.n*` for every neuron of a layer.
         model: whose sites they are.
 
     Raises:
@@ -251,6 +256,9 @@ def _named_sites(name: str | Site, model: Instrumented) -> Iterable[Site]:
     if isinstance(name, Site):
         return [name]
     bare = name.strip()
+    if bare.endswith(".n*"):
+        layer = Site.parse(bare.removesuffix(".n*"))
+        return [replace(layer, neuron=neuron) for neuron in range(model.config.d_mlp)]
     if bare in SiteKind.__members__ and SiteKind[bare].layered:
         found = [site for site in model.sites if site.kind.name == bare]
         if not found:

@@ -13,8 +13,9 @@ Shapes: batch, pos (dest and src in attention), head, d_model, d_head, d_mlp, vo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -28,7 +29,12 @@ from workbench.store import Provenance
 
 Bias = Literal["attn", "mlp", "unembed"]
 BIASES: tuple[Bias, ...] = ("attn", "mlp", "unembed")
-ACTIVATIONS = {"relu": functional.relu, "gelu": functional.gelu}
+ACTIVATIONS = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    # The tanh approximation that GPT-2 was trained with (Hendrycks & Gimpel 2016).
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
+}
 MASKED = -1e5
 EPS = 1e-5
 
@@ -51,7 +57,7 @@ class ModelConfig:
     """Tokens that can be predicted, the first ones of the vocabulary."""
     normalization: Literal["LN"] | None = None
     """LayerNorm before attention, MLP and unembedding, or none anywhere."""
-    activation: Literal["relu", "gelu"] = "relu"
+    activation: Literal["relu", "gelu", "gelu_new"] = "relu"
     tied: bool = False
     """Unembed with the embedding's transpose."""
     biases: tuple[Bias, ...] = ("mlp",)
@@ -319,6 +325,7 @@ class Transformer(nn.Module):
         """
         super().__init__()
         self.config = config
+        self.sites = model_sites(config, normalized=config.normalization is not None, mlp=bool(config.d_mlp))
         self.provenance = Provenance(code_version=code_version())
         self.embed, self.pos_embed = Embed(config), PosEmbed(config)
         self.hook_embed, self.hook_pos_embed = Place(), Place()
@@ -330,11 +337,6 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if name.rsplit(".", 1)[-1].startswith("W_"):
                 nn.init.normal_(parameter, std=config.d_model**-0.5, generator=generator)
-
-    @property
-    def sites(self) -> Sequence[Site]:
-        """Every whole site, in order of depth."""
-        return model_sites(self.config, normalized=self.final_norm is not None, mlp=bool(self.config.d_mlp))
 
     @property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
