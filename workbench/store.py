@@ -295,6 +295,29 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load(content), card
 
 
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """A foreign state dict: safetensors, or torch's own format read without running anything in it.
+
+    Raises:
+        WorkbenchError: the file is missing or holds something else.
+    """
+    # The error alone: torch's restricted reader raises it where a file asks for more than tensors.
+    from pickle import UnpicklingError
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        content = load(path.read_bytes()) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WorkbenchError(f"Cannot read {path} as a state dict: {reason}") from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise WorkbenchError(f"{path} is not a state dict: it must map names to tensors.")
+    return content
+
+
 def result_key(function: str, arguments: Mapping[str, object], parents: Sequence[str]) -> str:
     """Answers "was this computed?": the same call, on the same parents, by the same version of the code."""
     content = {"function": function, "arguments": arguments, "parents": list(parents), "code": code_version()}

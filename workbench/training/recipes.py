@@ -24,8 +24,9 @@ from workbench.runtime import WorkbenchError, nearest
 from workbench.store import digest
 from workbench.tasks.base import Task
 from workbench.tasks.modular import Modular
+from workbench.tasks.pairs import Pairs
 
-TASKS: dict[str, type] = {Modular.name: Modular}
+TASKS: dict[str, type] = {Modular.name: Modular, Pairs.name: Pairs}
 
 
 @dataclass(frozen=True, kw_only=True)
