@@ -51,7 +51,14 @@ def patch_of(
     metric: str = "logit_difference",
 ) -> PatchMap:
     """Activation patching over pairs of a split."""
-    return patch_each(run.model(step), pairs_of(run, n, split), sites=sites, metric=metric, direction=direction)
+    return patch_each(
+        run.model(step),
+        pairs_of(run, n, split),
+        sites=sites,
+        metric=metric,
+        direction=direction,
+        position_labels=run.task.position_labels,
+    )
 
 
 def lens_of(run: Run, step: int | None = None, *, n: int = PAIRS, split: str = "test") -> Trajectory:

@@ -103,7 +103,7 @@ class Trajectory:
             name=f"lens_{name}",
             frame=frame,
             kind="heatmap",
-            axes={"x": "position", "y": "site", "value": name},
+            axes={"x": "position", "y": "site", "value": name, "low": "low", "high": "high"},
             unit=measured.unit,
             caption=f"Logit lens: mean {words} at each site and position; n = {self.n} prompts. "
             "Columns low and high hold the 95 % bootstrap interval.",

@@ -49,7 +49,7 @@ FEW_CELLS = 60
 """Up to so many cells in a panel, each shows its value."""
 FEW_BARS = 12
 FEW_SERIES = 8
-TITLE_LINE = 84
+TITLE_LINE = 92
 TITLE_MARGIN = 70
 BAND_OPACITY = 0.2
 SAYS_NOTHING = ("value", "mean")
@@ -59,7 +59,7 @@ AXIS = {"automargin": True, "showline": True, "linecolor": "#7b8794", "ticks": "
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 14, "color": "#1f2933"},
-        "title": {"font": {"size": 16}, "x": 0.01, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 12}},
+        "title": {"font": {"size": 16}, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 12}},
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
         "colorway": COLOURS,
@@ -67,7 +67,9 @@ TEMPLATE = go.layout.Template(
         "hoverlabel": {"align": "left"},
         "xaxis": {**AXIS, "title": {"standoff": 10}, "gridcolor": GRID},
         "yaxis": {**AXIS, "title": {"standoff": 14}, "gridcolor": GRID},
-        "coloraxis": {"colorbar": {"thickness": 14, "outlinewidth": 0, "title": {"side": "right"}}},
+        "coloraxis": {
+            "colorbar": {"thickness": 14, "outlinewidth": 0, "title": {"side": "right", "font": {"size": 12}}}
+        },
     }
 )
 
@@ -139,7 +141,7 @@ def _heatmap(table: Table, limit: float | None) -> go.Figure:
     columns = _panels_a_row(list(panels))
     rows = math.ceil(len(panels) / columns)
     across, down = (_places(table.frame[table.axes[role]]) for role in ("x", "y"))
-    height = 320 if _is_number(down) else min(640, max(110, 34 * len(down)))
+    height = 320 if _is_number(down) else min(640, max(160, 34 * len(down)))
     drawn = make_subplots(
         rows=rows,
         cols=columns,
@@ -278,7 +280,11 @@ def _bars(table: Table) -> go.Figure:
     if lying:
         label_axes(autorange="reversed", title_text="")
     _draw_value_axis(table, value_axes, **({} if lying else {"col": 1}))
-    drawn.update_layout(bargap=0.25, height=TITLE_MARGIN + 90 + 34 * len(labels) if lying else 380)
+    side_by_side = sum(1 for _ in _series(table, table.frame))
+    thick = 34 if side_by_side == 1 else 18 * side_by_side
+    # Dots stand side by side as bars do.
+    drawn.update_layout(bargap=0.25, scattermode="group", scattergap=0.25)
+    drawn.update_layout(height=TITLE_MARGIN + 90 + thick * len(labels) if lying else 380)
     return _with_legend(drawn, table)
 
 
@@ -291,6 +297,7 @@ def _bar(
     look: dict[str, Any] = {
         label_axis: _shown(pd.Index(rows[axes["x"]])),
         value_axis: values,
+        "orientation": "h" if lying else "v",
         "name": name,
         "legendgroup": name,
         "showlegend": "series" in axes and in_legend,
@@ -302,7 +309,7 @@ def _bar(
         look[f"error_{value_axis}"] = {"type": "data", "symmetric": False, "color": "#323f4b", **ends}
     if table.log_y:
         return go.Scatter(mode="markers", marker={"color": colour, "size": 11}, **look)
-    return go.Bar(orientation="h" if lying else "v", marker_color=colour, **look)
+    return go.Bar(marker_color=colour, **look)
 
 
 def _panel_row(table: Table) -> tuple[go.Figure, Mapping[str, pd.DataFrame]]:

@@ -45,20 +45,39 @@ class Table:
         return self.frame.to_csv(index=False, lineterminator="\n")
 
     def latex(self) -> str:
-        """The rows as a booktabs table, four significant digits."""
+        """The rows as a booktabs table, four significant digits; columns without any entry are left out."""
         from pandas.io.formats.style import Styler
 
-        escaped = self.frame.rename(columns=_escape_latex)
-        styler = Styler(escaped, uuid="")
+        filled = self.frame if self.frame.empty else self.frame.dropna(axis="columns", how="all")
+        styler = Styler(filled.rename(columns=_escape_latex), uuid="")
         styler.hide(axis="index").format(_format_cell)
         return styler.to_latex(caption=_escape_latex(self.caption), label=f"tab:{self.name}", hrules=True)
 
 
+# pdflatex knows none of these in text: the first have a meaning of their own, the last no glyph.
+LATEX = str.maketrans(
+    {
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "≤": r"$\leq$",
+        "≥": r"$\geq$",
+        "−": "$-$",
+        "∘": r"$\circ$",
+        "·": r"$\cdot$",
+        "…": r"\dots{}",
+    }
+)
+
+
 def _format_cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else _escape_latex(str(value))
 
 
-def _escape_latex(text: str) -> str:
-    for plain in "&%$#_{}":
-        text = text.replace(plain, "\\" + plain)
-    return text
+def _escape_latex(text: object) -> str:
+    return str(text).translate(LATEX)

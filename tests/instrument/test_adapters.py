@@ -1,5 +1,6 @@
 """One meaning of a site on every backend: the same trace, the same patches, the same gradients."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ CONFIGS = {
     "plain": SMALL,
     "norm": replace(SMALL, normalization="LN", biases=BIASES, activation="gelu_new"),
     "attention_only": replace(SMALL, d_mlp=0, biases=()),
+    "shared_norm": replace(SMALL, normalization="LN", schedule=(0, 1, 0)),
     "shared_tied_both_ways": replace(SMALL, tied=True, d_vocab_out=7, schedule=(0, 1, 1), causal=False),
 }
 
@@ -129,34 +131,52 @@ def test_the_same_gradients(model: Transformer, other: Instrumented) -> None:
         assert (theirs.gradient(site) - mine.gradient(site)).abs().max() <= 1e-4 * scale, site
 
 
-def loop_over_resid_pre(
-    model: Instrumented, corrupt: Tensor, clean: Trace, metric: Callable[[Tensor], Tensor]
+def each_cell(
+    model: Instrumented, corrupt: Tensor, clean: Trace, metric: Callable[[Tensor], Tensor], kind: SiteKind
 ) -> Tensor:
-    cells = torch.empty(model.config.n_steps, corrupt.shape[1])
-    for layer in range(model.config.n_steps):
-        for position in range(corrupt.shape[1]):
-            site = Site(kind=SiteKind.resid_pre, layer=layer)
-            patch = Patch(site=site, source=FromTrace(clean), positions=[position])
-            cells[layer, position] = metric(run(model, corrupt, patches=[patch]).logits)
-    return cells
+    """The metric after each patch of one position, one head or one entry of a pattern, as TransformerLens' sweeps."""
+    heads = range(model.config.n_heads) if "head" in kind.dims else [None]
+    positions, cells = range(corrupt.shape[1]), []
+    for layer, head in itertools.product(range(model.config.n_steps), heads):
+        for first, second in itertools.product(positions, positions if "dest" in kind.dims else [None]):
+            place = {"positions": [first]} if second is None else {"dest": first, "src": second}
+            patch = Patch(site=Site(kind=kind, layer=layer, head=head), source=FromTrace(clean), **place)
+            cells.append(metric(run(model, corrupt, patches=[patch]).logits))
+    found = torch.stack(cells).view(model.config.n_steps, len(heads), len(positions), -1)
+    # TransformerLens has [layer, pos], [layer, pos, head] and [layer, head, dest, src].
+    return found if "dest" in kind.dims else found.squeeze(-1).transpose(1, 2).squeeze(2 if heads == [None] else 99)
 
 
+SWEEPS = {
+    "resid_pre": SiteKind.resid_pre,
+    "attn_out": SiteKind.attn_out,
+    "mlp_out": SiteKind.mlp_out,
+    "attn_head_out_by_pos": SiteKind.z,
+    "attn_head_q_by_pos": SiteKind.q,
+    "attn_head_k_by_pos": SiteKind.k,
+    "attn_head_v_by_pos": SiteKind.v,
+    "attn_head_pattern_dest_src_pos": SiteKind.pattern,
+}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
 @pytest.mark.parametrize("backend", ["bridge", "hooked"])
-def test_patching_of_transformer_lens_finds_what_our_passes_find(model: Transformer, backend: str) -> None:
+def test_patching_of_transformer_lens_finds_what_our_passes_find(backend: str, sweep: str) -> None:
     from transformer_lens import patching
 
     def metric(logits: Tensor) -> Tensor:
         return (logits[:, -1, 1] - logits[:, -1, 2]).mean()
 
-    clean, corrupt = prompts(0), prompts(1)
+    model, kind, clean, corrupt = build(CONFIGS["shared_norm"]), SWEEPS[sweep], prompts(0), prompts(1)
     theirs = to_bridge(model)[0] if backend == "bridge" else hooked_root(model)
+    record = [site for site in model.sites if site.kind is kind]
+    names = [site.place for site in record]
     with torch.no_grad():
-        _, cache = theirs.run_with_cache(clean, names_filter=lambda name: name.endswith("hook_resid_pre"))
-        found = patching.get_act_patch_resid_pre(theirs, corrupt, cache, metric)
-    record = [site for site in model.sites if site.kind is SiteKind.resid_pre]
-    wanted = loop_over_resid_pre(model, corrupt, run(model, clean, record=record), metric)
+        _, cache = theirs.run_with_cache(clean, names_filter=names)
+        found = getattr(patching, f"get_act_patch_{sweep}")(theirs, corrupt, cache, metric)
+    wanted = each_cell(model, corrupt, run(model, clean, record=record), metric, kind)
     assert close(found, wanted)
-    assert len(wanted.unique()) > len(wanted)
+    assert len(wanted.unique()) > model.config.n_steps
 
 
 def test_a_hooked_model_has_our_sites_shares_our_weights_and_leaves_ours_alone() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.models.bridges import from_bridge, from_hooked_transformer, from_hugging_face, to_bridge
@@ -280,8 +281,33 @@ def test_short_configs_have_the_defaults_of_their_time() -> None:
     full = {**OLD, "d_mlp": 32, "d_vocab_out": 7}
     state = old_state(full)
     assert gap(from_hooked_transformer(state, {**config, "d_vocab_out": -1})(TOKENS), old_logits(state, full)) < 1e-12
-    with pytest.raises(WorkbenchError, match="config lacks d_model, act_fn. Give all of n_layers, d_model"):
+    with pytest.raises(
+        WorkbenchError, match="config lacks d_model, act_fn, or has no number there. Give all of n_layers, d_model"
+    ):
         from_hooked_transformer(state, {**config, "d_model": None, "act_fn": None})
+
+
+@pytest.mark.parametrize("part", BIASES)
+def test_a_part_without_biases_has_none_here(part: str) -> None:
+    state = old_state(OLD)
+    absent = [name for name in state if f"{part}.b_" in name]
+    assert absent
+    model = from_hooked_transformer({name: tensor for name, tensor in state.items() if name not in absent}, OLD)
+    assert set(model.config.biases) == set(BIASES) - {part}
+    zeroed = {**state, **{name: torch.zeros_like(state[name]) for name in absent}}
+    assert gap(model(TOKENS), old_logits(zeroed, OLD)) < 1e-12
+    assert gap(old_logits(zeroed, OLD), old_logits(state, OLD)) > 1e-3
+
+
+def test_a_norm_that_should_have_no_parameters_is_not_overlooked() -> None:
+    with pytest.raises(WorkbenchError, match="unknown blocks.0.ln1.w; unknown blocks.0.ln1.b"):
+        from_hooked_transformer(old_state(OLD), {**OLD, "normalization_type": "LNPre"})
+
+
+@pytest.mark.parametrize("name", ["n_layers", "d_mlp", "d_vocab_out"])
+def test_a_size_that_is_no_number_is_named(name: str) -> None:
+    with pytest.raises(WorkbenchError, match=f"config lacks {name}, or has no number there"):
+        from_hooked_transformer(old_state(OLD), {**OLD, name: "two"})
 
 
 def test_wrong_entries_are_listed_at_once() -> None:
@@ -371,13 +397,66 @@ def test_another_gpt2_is_refused_by_name(tmp_path: Path, changes: Mapping[str, A
         from_hugging_face(tmp_path)
 
 
+def test_a_gpt2_in_memory_is_read_like_its_folder(tmp_path: Path) -> None:
+    theirs = save_gpt2(tmp_path)
+    ours, read = from_hugging_face(theirs), from_hugging_face(tmp_path)
+    assert ours.config == read.config
+    assert torch.equal(ours(TOKENS), read(TOKENS))
+    with torch.no_grad():
+        theirs.lm_head.weight.zero_()
+    assert torch.equal(ours(TOKENS), read(TOKENS))
+    with pytest.raises(WorkbenchError, match="This Linear holds a model of type None. Only 'gpt2' can be converted"):
+        from_hugging_face(torch.nn.Linear(2, 2))
+
+
+def test_old_and_sharded_gpt2_files_are_read(tmp_path: Path) -> None:
+    # What the first GPT-2 files look like: no prefix, the causal mask as an entry, few words in the config.
+    theirs = save_gpt2(tmp_path)
+    sizes = {"n_layer": 2, "n_embd": 8, "n_head": 2, "n_positions": 5, "vocab_size": 7}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    entries = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
+    entries = {name: tensor.clone() for name, tensor in entries.items()} | {"h.0.attn.bias": torch.ones(1, 1, 5, 5)}
+    (tmp_path / "model.safetensors").unlink()
+    for number, chosen in enumerate((sorted(entries)[::2], sorted(entries)[1::2])):
+        save_file({name: entries[name] for name in chosen}, tmp_path / f"model-{number}.safetensors")
+    assert gap(from_hugging_face(tmp_path)(TOKENS), theirs(TOKENS).logits) < 1e-12
+
+
+def test_half_precision_is_read_as_single(tmp_path: Path) -> None:
+    theirs = save_gpt2(tmp_path).half()
+    ours = from_hugging_face(theirs)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+    assert gap(ours(TOKENS), theirs.float()(TOKENS).logits) < 1e-5
+
+
+def test_entries_of_a_gpt2_that_do_not_fit_are_listed_at_once(tmp_path: Path) -> None:
+    # Left to itself, transformers draws the missing weights at random.
+    entries = save_gpt2(tmp_path).state_dict()
+    del entries["lm_head.weight"], entries["transformer.h.0.mlp.c_fc.weight"]
+    entries |= {"transformer.h.1.extra": torch.zeros(1), "transformer.ln_f.bias": torch.zeros(9)}
+    save_file(entries, tmp_path / "model.safetensors")
+    wanted = r"missing h.0.mlp.c_fc.weight; unknown h.1.extra; ln_f.bias is \(9,\), wanted \(8,\)"
+    with pytest.raises(WorkbenchError, match=wanted):
+        from_hugging_face(tmp_path)
+
+
 def wrong_folders(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     yield tmp_path / "nowhere", "has no config.json. Give the folder that save_pretrained"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = tmp_path / "config.json"
+    config.write_text("{")
+    yield tmp_path, "Cannot read .*config.json"
+    config.write_text(json.dumps({"model_type": "llama"}))
     yield tmp_path, "holds a model of type 'llama'. Only 'gpt2'"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    sizes = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2, "n_positions": 5, "vocab_size": 7}
+    config.write_text(json.dumps({**sizes, "n_layer": "two", "n_positions": None}))
+    yield tmp_path, "its config lacks n_layer, n_positions, or has no number there"
+    config.write_text(json.dumps({**sizes, "n_head": 3}))
+    yield tmp_path, "n_embd 8 of its config does not split into n_head 3 heads"
+    config.write_text(json.dumps(sizes))
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
     yield tmp_path, "has no .safetensors file.*pickled weights are not read"
+    (tmp_path / "model.safetensors").write_bytes(b"not it")
+    yield tmp_path, "Cannot read .*model.safetensors as a state dict"
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:

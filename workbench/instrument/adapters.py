@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.instrument.sites import Edit, Instrumented, Shape, Site, SiteKind, model_sites
+from workbench.instrument.sites import Edit, Instrumented, Shape, Site, SiteKind, check_site, model_sites
 from workbench.runtime import WorkbenchError, code_version, nearest
 from workbench.store import Provenance
 
@@ -38,6 +38,21 @@ NORMALIZED = {
     SiteKind.ln_final_normalized: "ln_final.hook_out",
 }
 """Where a bridge's norms are whole; its hook_normalized comes before weight and bias."""
+CANONICAL = {
+    SiteKind.embed: "embed.hook_out",
+    SiteKind.pos_embed: "pos_embed.hook_out",
+    SiteKind.resid_pre: "blocks.{}.hook_in",
+    SiteKind.q: "blocks.{}.attn.q.hook_out",
+    SiteKind.k: "blocks.{}.attn.k.hook_out",
+    SiteKind.v: "blocks.{}.attn.v.hook_out",
+    SiteKind.z: "blocks.{}.attn.o.hook_in",
+    SiteKind.attn_out: "blocks.{}.attn.hook_out",
+    SiteKind.pre: "blocks.{}.mlp.in.hook_out",
+    SiteKind.post: "blocks.{}.mlp.out.hook_in",
+    SiteKind.mlp_out: "blocks.{}.mlp.hook_out",
+    SiteKind.resid_post: "blocks.{}.hook_out",
+}
+"""A bridge's own names of hooks whose usual names are aliases, which TransformerLens may drop."""
 DISCARDED = ".*edit is discarded"
 """TransformerLens' warning that an edit came too late to change anything."""
 
@@ -70,18 +85,15 @@ class BridgeModel:
         self.config = ModelShape(
             n_steps=cfg.n_layers,
             n_heads=cfg.n_heads,
-            d_mlp=0 if cfg.attn_only else cfg.d_mlp,
+            d_mlp=0 if cfg.attn_only else cfg.d_mlp or 0,
             n_ctx=cfg.n_ctx,
             causal=cfg.attention_dir == "causal",
             d_vocab=cfg.d_vocab,
         )
-        hooks = bridge.hook_dict
         found = model_sites(self.config, normalized=cfg.normalization_type is not None, mlp=not cfg.attn_only)
-        self.sites: Sequence[Site] = tuple(
-            site
-            for site in found
-            if site.kind is not SiteKind.attn_scores and all(hook in hooks for hook in _bridge_hooks(site))
-        )
+        known = bridge.hook_dict
+        self._hooks = {site: hooks for site in found if (hooks := _bridge_hooks(site, known))}
+        self.sites: Sequence[Site] = tuple(site for site in self._hooks if site.kind is not SiteKind.attn_scores)
 
     def forward(
         self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit] | None = None
@@ -89,34 +101,54 @@ class BridgeModel:
         """Logits, with each edit applied to what flows through its site.
 
         Raises:
-            WorkbenchError: TransformerLens says that it dropped an edit.
+            WorkbenchError: the bridge lacks a site, never computed it, or dropped its edit.
         """
-        hooks = [hook for site in sorted(edits or {}) for hook in _edit_hooks(site, edits or {})]
+        edits, met = edits or {}, set[Site]()
+        hooks: list[Any] = []
+        for site in sorted(edits):
+            if site not in self._hooks:
+                check_site(site, self)
+            hooks += _edit_hooks(site, self._hooks[site], partial(_noted, met, site, edits[site]))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=DISCARDED, category=UserWarning)
             try:
-                return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
+                logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
             except UserWarning as warning:
                 raise WorkbenchError(f"TransformerLens dropped an edit, so nothing was patched: {warning}") from None
+        if lost := ", ".join(map(str, sorted(set(edits) - met))):
+            raise WorkbenchError(f"This bridge's pass never computed {lost}, so nothing was recorded or patched there.")
+        return logits
+
+    def finish(self, x: Float[Tensor, "*rows d_model"], edits: Mapping[Site, Edit]) -> Float[Tensor, "*rows vocab"]:
+        """Logits of residual streams as if they had left the last layer, for the logit lens."""
+        return _finish(self, x, edits)
 
 
-def _bridge_hooks(site: Site) -> tuple[str, ...]:
-    """Names of the hooks that stand for a site on a bridge."""
+def _bridge_hooks(site: Site, known: Container[str]) -> tuple[str, ...]:
+    """Names of the hooks that stand for a site on a bridge which knows these; none if one of them is missing."""
     if site.kind is SiteKind.resid_mid:
-        return f"blocks.{site.layer}.hook_resid_pre", f"blocks.{site.layer}.hook_attn_out"
-    return (NORMALIZED.get(site.kind, site.kind.place).format(site.layer),)
+        parts = [
+            _bridge_hooks(Site(kind=kind, layer=site.layer), known) for kind in (SiteKind.resid_pre, SiteKind.attn_out)
+        ]
+        return (*parts[0], *parts[1]) if all(parts) else ()
+    usual = NORMALIZED.get(site.kind, site.kind.place)
+    names = (usual.format(site.layer), CANONICAL.get(site.kind, usual).format(site.layer))
+    return tuple(name for name in names if name in known)[:1]
 
 
-def _edit_hooks(site: Site, edits: Mapping[Site, Edit]) -> list[tuple[str, Callable[..., Tensor | None]]]:
+def _edit_hooks(site: Site, names: Sequence[str], edit: Edit) -> list[tuple[str, Callable[..., Tensor | None]]]:
     """What to hang where, so that the edit at a site happens. Hooks of one place run in the order of the sites."""
-    edit = edits[site]
     if site.kind is not SiteKind.resid_mid:
-        return [(_bridge_hooks(site)[0], partial(_edited, edit))]
+        return [(names[0], partial(_edited, edit))]
     # The stream between attention and MLP is no tensor of the bridge. It is resid_pre + attn_out, so an edit of it is
     # an edit of what attention adds. Sites are sorted: resid_pre is kept, and attn_out read, after their own edits.
     before: list[Tensor] = []
-    pre, out = _bridge_hooks(site)
-    return [(pre, partial(_remember, before)), (out, partial(_edited_sum, edit, before))]
+    return [(names[0], partial(_remember, before)), (names[1], partial(_edited_sum, edit, before))]
+
+
+def _noted(met: set[Site], site: Site, edit: Edit, tensor: Tensor) -> Tensor:
+    met.add(site)
+    return edit(tensor)
 
 
 def _edited(edit: Edit, tensor: Tensor, *, hook: object) -> Tensor:
@@ -131,94 +163,163 @@ def _edited_sum(edit: Edit, before: Sequence[Tensor], tensor: Tensor, *, hook: o
     return edit(before[0] + tensor) - before[0]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlaceSpec:
+    """A submodule whose output is the activation of a site."""
+
+    path: str
+    heads: int | None = None
+    """Heads side by side in an output `[batch, pos, head * d_head]`, where they are not as many as the config says:
+    grouped keys and values have fewer."""
+
+
 class NnsightModel:
     """Any module as an `Instrumented` model, through nnsight: one trace a pass, edits inside the trace."""
 
-    def __init__(self, module: nn.Module, places: Mapping[Site, str], *, config: Shape, provenance: Provenance) -> None:
+    def __init__(
+        self, root: _Called, places: Mapping[Site, PlaceSpec], *, config: Shape, provenance: Provenance
+    ) -> None:
         """Use `nnsight_model`, which copies the module first."""
         self.config = config
         self.provenance = provenance
         self.sites: Sequence[Site] = tuple(sorted(places))
-        self._places = {site: places[site] for site in self.sites}
-        self._module = module
+        self._places = places
+        self._root = root
         self._nnsight = _import_nnsight()
-        self._traced = self._nnsight.NNsight(module)
-        self._order: tuple[str, ...] | None = None
+        self._traced = self._nnsight.NNsight(root)
+        self._order: tuple[Site, ...] | None = None
 
     def forward(
         self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit] | None = None
     ) -> Float[Tensor, "batch pos vocab"]:
-        """Logits, with each edit applied to the output of the submodule that its site names."""
+        """Logits, with each edit applied to the output of the submodule that its site names.
+
+        Raises:
+            WorkbenchError: a site that was not named, or, in the first pass, one whose submodule does not give it.
+        """
+        edits = edits or {}
+        for site in edits:
+            check_site(site, self)
         if self._order is None:
-            self._order = self._calls(tokens)
-        wanted = {self._places[site]: (site, edit) for site, edit in (edits or {}).items()}
-        ordered = [(self._traced.get(path), *wanted[path]) for path in self._order if path in wanted]
-        n_heads, nnsight, traced = self.config.n_heads, self._nnsight, self._traced
+            self._order = self._meet(tokens)
+        changes = [
+            (self._traced.get(f"called.{self._places[site].path}"), self._change(site, edits[site]))
+            for site in self._order
+            if site in edits
+        ]
+        nnsight, traced, batch = self._nnsight, self._traced, len(tokens)
         with traced.trace(tokens):
-            for envoy, site, edit in ordered:
-                envoy.output = _edit_output(envoy.output, site, edit, n_heads)
+            for envoy, change in changes:
+                envoy.output = change(batch, envoy.output)
             logits = nnsight.save(traced.output)
         return logits  # noqa: RET504 (a return inside the block would be traced)
 
-    def _calls(self, tokens: Int[Tensor, "batch pos"]) -> tuple[str, ...]:
-        """Submodules that sites name, in the order in which a pass calls them: nnsight must meet them in this one."""
-        called: list[str] = []
+    def finish(self, x: Float[Tensor, "*rows d_model"], edits: Mapping[Site, Edit]) -> Float[Tensor, "*rows vocab"]:
+        """Logits of residual streams as if they had left the last layer, for the logit lens.
+
+        Raises:
+            WorkbenchError: the last layer's `resid_post` was not named.
+        """
+        return _finish(self, x, edits)
+
+    def _meet(self, tokens: Int[Tensor, "batch pos"]) -> tuple[Site, ...]:
+        """Sites in the order in which a pass meets them, which nnsight must follow. Each is met once, in its shape."""
+        met: list[tuple[Site, Any]] = []
         handles = [
-            self._module.get_submodule(path).register_forward_hook(lambda *_, path=path: called.append(path))
-            for path in self._places.values()
+            self._root.called.get_submodule(spec.path).register_forward_hook(partial(_note_output, met, site))
+            for site, spec in self._places.items()
         ]
         try:
             with torch.no_grad():
-                self._module(tokens)
+                logits = self._root(tokens)
         finally:
             for handle in handles:
                 handle.remove()
-        for site, path in self._places.items():
-            if (times := called.count(path)) != 1:
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise WorkbenchError(
+                f"The module gives {came}, and logits [batch, pos, vocab] are wanted. Say how to get them with "
+                "forward=, such as lambda module, tokens: module(tokens).logits."
+            )
+        order = [site for site, _ in met]
+        for site, spec in self._places.items():
+            if (times := order.count(site)) != 1:
                 raise WorkbenchError(
-                    f"Site {site}: a pass calls its submodule {path!r} {times} times, and a site is met exactly once. "
-                    "Name one that is called once, or give each call a submodule of its own."
+                    f"Site {site}: a pass calls its submodule {spec.path!r} {times} times, and a site is met exactly "
+                    "once. Name one that is called once, or give each call a submodule of its own."
                 )
-        return tuple(called)
+        for site, output in met:
+            _check_output(site, self._places[site].path, self._heads(site), output)
+        return tuple(order)
+
+    def _heads(self, site: Site) -> int:
+        return self._places[site].heads or self.config.n_heads
+
+    def _change(self, site: Site, edit: Edit) -> Callable[[int, Any], Any]:
+        return partial(_edit_output, site, self._heads(site), edit)
 
 
 def nnsight_model(
-    module: nn.Module, places: Mapping[Site, str], *, config: Shape, provenance: Provenance | None = None
+    module: nn.Module,
+    places: Mapping[Site | str, PlaceSpec | str],
+    *,
+    config: Shape,
+    forward: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    provenance: Provenance | None = None,
 ) -> NnsightModel:
     """Any module as an `Instrumented` model, its caller saying which submodule's output is which site.
 
     nnsight leaves `forward` replaced on what it traced, so it gets a copy of the module, which shares the parameters
     and buffers: training the module trains the copy. Of an output that is a tuple, the first is the activation. At a
-    site with heads, an output of three dimensions is taken as `[batch, pos, head * d_head]`.
+    site with heads, an output of three dimensions is taken as `[batch, pos, head * d_head]`. An output for one example,
+    such as positions' embeddings, stands for every example.
 
     Args:
         module: takes tokens and returns logits.
-        places: whole site -> path of a submodule (`"layers.0.attn.q"`) which each pass calls once.
+        places: whole site (`"L0.q"`) -> path of a submodule (`"layers.0.attn.q"`) which each pass calls once.
         config: the shape of the module, such as a `ModelShape`.
+        forward: logits of tokens, where they are not `module(tokens)`.
         provenance: where its weights come from.
 
     Raises:
         WorkbenchError: a site that is not whole, a path that is no submodule, or one path for two sites.
     """
     paths = dict(module.named_modules())
-    for site, path in places.items():
+    named: dict[Site, PlaceSpec] = {}
+    for name, spec in places.items():
+        site = Site.parse(name) if isinstance(name, str) else name
+        named[site] = PlaceSpec(path=spec) if isinstance(spec, str) else spec
         if site != site.whole:
             raise WorkbenchError(
                 f"Site {site} is a part of {site.whole}. Name the whole site; parts are sliced from it."
             )
-        if path not in paths:
-            raise WorkbenchError(f"Site {site}: the module has no submodule {path!r}. {nearest(path, paths)}")
-    shared = sorted({path for path in places.values() if list(places.values()).count(path) > 1})
-    if shared:
+        if named[site].path not in paths:
+            raise WorkbenchError(
+                f"Site {site}: the module has no submodule {named[site].path!r}. {nearest(named[site].path, paths)}"
+            )
+    taken = [spec.path for spec in named.values()]
+    if shared := sorted({path for path in taken if taken.count(path) > 1}):
         raise WorkbenchError(
             f"Submodules {', '.join(shared)} are named for more than one site. Name one site for each."
         )
     return NnsightModel(
-        _structural_copy(module),
-        places,
+        _Called(_structural_copy(module), forward or nn.Module.__call__),
+        named,
         config=config,
         provenance=provenance or Provenance(code_version=code_version()),
     )
+
+
+class _Called(nn.Module):
+    """A module and its caller's way from tokens to logits: the root that nnsight traces."""
+
+    def __init__(self, called: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.called = called
+        self._call = call
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self._call(self.called, tokens)
 
 
 def hooked_root(model: nn.Module) -> HookedRootModule:
@@ -275,13 +376,53 @@ def _structural_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in held})
 
 
-def _edit_output(output: Any, site: Site, edit: Edit, n_heads: int) -> Any:
+def _finish(model: BridgeModel | NnsightModel, x: Tensor, edits: Mapping[Site, Edit]) -> Tensor:
+    """Logits after residual streams: a pass over any tokens, at whose end `x` takes the stream's place.
+
+    It costs the layers before, and in return everything that the model does behind them is in it, soft caps included.
+    """
+    last = Site(kind=SiteKind.resid_post, layer=model.config.n_steps - 1)
+    check_site(last, model)
+    # Positions are told apart by edits alone, so rows of any other form can be prompts of one token.
+    stream = x if x.ndim == 3 and x.shape[1] <= model.config.n_ctx else x.reshape(-1, 1, x.shape[-1])
+    tokens = torch.zeros(stream.shape[:2], dtype=torch.long, device=x.device)
+    logits = model.forward(tokens, {**edits, last: lambda _: stream})
+    return logits.reshape(*x.shape[:-1], logits.shape[-1])
+
+
+def _note_output(met: list[tuple[Site, Any]], site: Site, module: nn.Module, inputs: object, output: object) -> None:
+    met.append((site, output))
+
+
+def _check_output(site: Site, path: str, heads: int, output: Any) -> None:
+    """Raise a WorkbenchError unless a submodule's output has the form of its site."""
+    tensor, where = output[0] if isinstance(output, tuple) else output, f"Site {site}, submodule {path!r}"
+    wanted = f"[{', '.join(site.kind.dims)}] is wanted"
+    if not isinstance(tensor, Tensor):
+        raise WorkbenchError(f"{where}: its output is a {type(tensor).__name__}, and {wanted}. Name another submodule.")
+    if _joined(site, tensor):
+        if tensor.shape[-1] % heads:
+            raise WorkbenchError(
+                f"{where}: its output of width {tensor.shape[-1]} is not that of {heads} heads. Say how many it has "
+                "with PlaceSpec(path=…, heads=…)."
+            )
+    elif tensor.ndim != len(site.kind.dims):
+        raise WorkbenchError(f"{where}: its output is {list(tensor.shape)}, and {wanted}. Name another submodule.")
+
+
+def _joined(site: Site, tensor: Tensor) -> bool:
+    """Whether the heads of an activation are side by side in its last dimension."""
+    return site.kind.dims[-2:] == ("head", "d_head") and tensor.ndim == 3
+
+
+def _edit_output(site: Site, heads: int, edit: Edit, batch: int, output: Any) -> Any:
     """A submodule's output after the edit, in the form in which it came."""
     if isinstance(output, tuple):
-        return (_edit_output(output[0], site, edit, n_heads), *output[1:])
-    if site.kind.dims[-2:] == ("head", "d_head") and output.ndim == 3:
-        return edit(output.unflatten(-1, (n_heads, -1))).flatten(-2)
-    return edit(output)
+        return (_edit_output(site, heads, edit, batch, output[0]), *output[1:])
+    activation = output.expand(batch, *output.shape[1:])
+    if _joined(site, output):
+        return edit(activation.unflatten(-1, (heads, -1))).flatten(-2)
+    return edit(activation)
 
 
 def _import_nnsight() -> ModuleType:

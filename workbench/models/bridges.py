@@ -11,21 +11,20 @@ All three readers meet in one layout, `HookedTransformer`'s, which is ours too b
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.models.transformer import ACTIVATIONS, BIASES, EPS, Bias, ModelConfig, Transformer
 from workbench.runtime import WorkbenchError
+from workbench.store import load_state_dict, read_json
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import GPT2Config, GPT2LMHeadModel
 
 NATIVE = "TransformerLensNative"
 BUFFERS = (".mask", ".IGNORE")
@@ -36,6 +35,8 @@ SYNONYMS = {"gelu_pytorch_tanh": "gelu_new"}
 """Other libraries' names of our activations."""
 Activation = Literal["relu", "gelu", "gelu_new"]
 REQUIRED = ("n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_vocab")
+OPTIONAL = ("d_mlp", "d_vocab_out")
+GPT2_SIZES = ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")
 
 
 def _is_on(value: object) -> bool:
@@ -143,7 +144,7 @@ def from_hooked_transformer(state_dict: Mapping[str, Tensor], config: Mapping[st
     """The model that a `HookedTransformer`, the class that TransformerLens 4 removed, wrote as a state dict.
 
     Logits are equal. A parameter-free LayerNorm (`LNPre`) becomes one with weight 1 and bias 0; where attention was not
-    scaled by the root of `d_head`, the difference is in the queries' weights.
+    scaled by the root of `d_head`, the difference is in the queries' weights. Parts without any bias have none here.
 
     Args:
         state_dict: what `HookedTransformer.state_dict()` returned.
@@ -153,35 +154,43 @@ def from_hooked_transformer(state_dict: Mapping[str, Tensor], config: Mapping[st
         WorkbenchError: a feature that our models lack, or entries that are missing, left over or of another shape.
     """
     layout = {name: tensor for name, tensor in state_dict.items() if not name.endswith(BUFFERS)}
-    return _assemble(layout, config, biases=BIASES, tied=False, source="This HookedTransformer")
+    # `attn.b_Q`, `mlp.b_in`, `unembed.b_U`: a part that has one of its biases needs all of them.
+    biases: tuple[Bias, ...] = tuple(part for part in BIASES if any(f"{part}.b_" in name for name in layout))
+    return _assemble(layout, config, biases=biases, tied=False, source="This HookedTransformer")
 
 
-def from_hugging_face(folder: Path) -> Transformer:
-    """The model in a local Hugging Face folder, if it is shaped like GPT-2, with the same logits.
+def from_hugging_face(source: Path | nn.Module) -> Transformer:
+    """The model in a local Hugging Face folder or a `GPT2LMHeadModel`, with the same logits. Weights are copied.
 
     Raises:
-        WorkbenchError: no such folder, no safetensors in it, another architecture, or a feature that our models lack.
+        WorkbenchError: no such folder, no safetensors in it, another architecture, a feature that our models lack, or
+            entries that are missing, left over or of another shape.
     """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise WorkbenchError(f"{folder} has no config.json. Give the folder that save_pretrained() wrote.")
-    kind = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    if kind != "gpt2":
-        raise WorkbenchError(f"{folder} holds a model of type {kind!r}. Only 'gpt2' can be converted.")
-    if not any(folder.glob("*.safetensors")):
+    if isinstance(source, Path):
+        name = str(source)
+        if not (source / "config.json").is_file():
+            raise WorkbenchError(f"{name} has no config.json. Give the folder that save_pretrained() wrote.")
+        config = read_json(source / "config.json")
+    else:
+        name, given = f"This {type(source).__name__}", cast(Any, getattr(source, "config", None))
+        config = given.to_dict() if hasattr(given, "to_dict") else {}
+    if config.get("model_type") != "gpt2":
         raise WorkbenchError(
-            f"{folder} has no .safetensors file. Save it anew with save_pretrained(); pickled weights are not read."
+            f"{name} holds a model of type {config.get('model_type')!r}. Only 'gpt2' can be converted."
         )
-    from transformers import GPT2LMHeadModel
-
-    model = GPT2LMHeadModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    return _assemble(
-        dict(_gpt2_layout(model)),
-        _gpt2_fields(model.config),
-        biases=("attn", "mlp"),
-        tied=bool(model.config.tie_word_embeddings),
-        source=str(folder),
-    )
+    fields = _gpt2_fields(config, name)
+    tied = bool(config.get("tie_word_embeddings", True))
+    sizes = _config(fields, biases=("attn", "mlp"), tied=tied, source=name)
+    state = _read_shards(source) if isinstance(source, Path) else source.state_dict()
+    entries = {entry.removeprefix("transformer."): tensor for entry, tensor in state.items()}
+    # Old files hold the causal mask too, and some hold a tied unembedding twice.
+    entries = {
+        entry: tensor
+        for entry, tensor in entries.items()
+        if not entry.endswith((".attn.bias", ".attn.masked_bias")) and not (tied and entry == "lm_head.weight")
+    }
+    _check_shapes({entry: tensor.shape for entry, tensor in entries.items()}, _gpt2_shapes(sizes), name)
+    return _assemble(dict(_gpt2_layout(entries, sizes)), fields, biases=sizes.biases, tied=tied, source=name)
 
 
 def _layout(model: Transformer) -> dict[str, Tensor]:
@@ -236,65 +245,109 @@ def _from_linear(name: str, tensor: Tensor, n_heads: int) -> tuple[str, Tensor]:
     return f"{owner}.{'b' if bias else 'W'}_{part}", tensor
 
 
-def _gpt2_layout(model: GPT2LMHeadModel) -> Iterator[tuple[str, Tensor]]:
-    """The shared layout's entries. GPT-2 stores q, k and v side by side, and its weights as `[in, out]`."""
-    state, heads = model.state_dict(), model.config.n_head
-    yield "embed.W_E", state["transformer.wte.weight"]
-    yield "pos_embed.W_pos", state["transformer.wpe.weight"]
-    norms = [("ln_final", "transformer.ln_f")]
-    for layer in range(model.config.n_layer):
-        ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
-        norms += [(f"{ours}.ln1", f"{theirs}.ln_1"), (f"{ours}.ln2", f"{theirs}.ln_2")]
-        weights, biases = (state[f"{theirs}.attn.c_attn.{kind}"].chunk(3, dim=-1) for kind in ("weight", "bias"))
-        for part, weight, bias in zip("QKV", weights, biases, strict=True):
-            yield f"{ours}.attn.W_{part}", weight.unflatten(1, (heads, -1)).transpose(0, 1)
-            yield f"{ours}.attn.b_{part}", bias.unflatten(0, (heads, -1))
-        yield f"{ours}.attn.W_O", state[f"{theirs}.attn.c_proj.weight"].unflatten(0, (heads, -1))
-        yield f"{ours}.attn.b_O", state[f"{theirs}.attn.c_proj.bias"]
-        for part, name in (("in", "c_fc"), ("out", "c_proj")):
-            yield f"{ours}.mlp.W_{part}", state[f"{theirs}.mlp.{name}.weight"]
-            yield f"{ours}.mlp.b_{part}", state[f"{theirs}.mlp.{name}.bias"]
-    for ours, theirs in norms:
-        yield f"{ours}.w", state[f"{theirs}.weight"]
-        yield f"{ours}.b", state[f"{theirs}.bias"]
-    if not model.config.tie_word_embeddings:
-        yield "unembed.W_U", state["lm_head.weight"].T
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    """Entries of a folder, in as many files as they were saved in."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WorkbenchError(
+            f"{folder} has no .safetensors file. Save it anew with save_pretrained(); pickled weights are not read."
+        )
+    return {entry: tensor for file in files for entry, tensor in load_state_dict(file).items()}
 
 
-def _gpt2_fields(config: GPT2Config) -> dict[str, object]:
+def _gpt2_fields(config: Mapping[str, Any], source: str) -> dict[str, object]:
+    """A GPT-2's config as fields of a TransformerLens config; what old files left out is GPT-2's own."""
+    lacking = [name for name in GPT2_SIZES if not isinstance(config.get(name), int)]
+    if lacking:
+        raise WorkbenchError(f"{source}: its config lacks {', '.join(lacking)}, or has no number there.")
+    width, heads = config["n_embd"], config["n_head"]
+    if heads < 1 or width % heads:
+        raise WorkbenchError(f"{source}: n_embd {width} of its config does not split into n_head {heads} heads.")
     return {
-        "n_layers": config.n_layer,
-        "d_model": config.n_embd,
-        "n_ctx": config.n_positions,
-        "d_head": config.n_embd // config.n_head,
-        "n_heads": config.n_head,
-        "d_mlp": config.n_inner or 4 * config.n_embd,
-        "d_vocab": config.vocab_size,
-        "act_fn": config.activation_function,
-        "eps": config.layer_norm_epsilon,
-        "use_attn_scale": config.scale_attn_weights,
-        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
-        "add_cross_attention": config.add_cross_attention,
+        "n_layers": config["n_layer"],
+        "d_model": width,
+        "n_ctx": config["n_positions"],
+        "d_head": width // heads,
+        "n_heads": heads,
+        "d_mlp": config.get("n_inner"),
+        "d_vocab": config["vocab_size"],
+        "act_fn": config.get("activation_function", "gelu_new"),
+        "eps": config.get("layer_norm_epsilon", EPS),
+        "use_attn_scale": config.get("scale_attn_weights", True),
+        "scale_attn_by_inverse_layer_idx": config.get("scale_attn_by_inverse_layer_idx", False),
+        "add_cross_attention": config.get("add_cross_attention", False),
     }
+
+
+def _gpt2_shapes(sizes: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What a GPT-2 of this size holds. It stores q, k and v side by side, and its weights as `[in, out]`."""
+    width, mlp = sizes.d_model, sizes.d_mlp
+    block = {
+        "ln_1": (width,),
+        "attn.c_attn": (width, 3 * width),
+        "attn.c_proj": (width, width),
+        "ln_2": (width,),
+        "mlp.c_fc": (width, mlp),
+        "mlp.c_proj": (mlp, width),
+    }
+    modules = {f"h.{layer}.{name}": shape for layer in range(sizes.n_layers) for name, shape in block.items()}
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (sizes.d_vocab, width), "wpe.weight": (sizes.n_ctx, width)}
+    for name, shape in {**modules, "ln_f": (width,)}.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
+    return shapes if sizes.tied else {**shapes, "lm_head.weight": (sizes.d_vocab, width)}
+
+
+def _gpt2_layout(entries: Mapping[str, Tensor], sizes: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The shared layout's entries."""
+    heads = (sizes.n_heads, sizes.d_head)
+    yield "embed.W_E", entries["wte.weight"]
+    yield "pos_embed.W_pos", entries["wpe.weight"]
+    norms = [("ln_final", "ln_f")]
+    for layer in range(sizes.n_layers):
+        ours, theirs = f"blocks.{layer}", f"h.{layer}"
+        norms += [(f"{ours}.ln1", f"{theirs}.ln_1"), (f"{ours}.ln2", f"{theirs}.ln_2")]
+        weights, biases = (entries[f"{theirs}.attn.c_attn.{kind}"].chunk(3, dim=-1) for kind in ("weight", "bias"))
+        for part, weight, bias in zip("QKV", weights, biases, strict=True):
+            yield f"{ours}.attn.W_{part}", weight.unflatten(1, heads).transpose(0, 1)
+            yield f"{ours}.attn.b_{part}", bias.unflatten(0, heads)
+        yield f"{ours}.attn.W_O", entries[f"{theirs}.attn.c_proj.weight"].unflatten(0, heads)
+        yield f"{ours}.attn.b_O", entries[f"{theirs}.attn.c_proj.bias"]
+        for part, name in (("in", "c_fc"), ("out", "c_proj")):
+            yield f"{ours}.mlp.W_{part}", entries[f"{theirs}.mlp.{name}.weight"]
+            yield f"{ours}.mlp.b_{part}", entries[f"{theirs}.mlp.{name}.bias"]
+    for ours, theirs in norms:
+        yield f"{ours}.w", entries[f"{theirs}.weight"]
+        yield f"{ours}.b", entries[f"{theirs}.bias"]
+    if not sizes.tied:
+        yield "unembed.W_U", entries["lm_head.weight"].T
 
 
 def _assemble(
     layout: Mapping[str, Tensor], fields: Mapping[str, object], *, biases: tuple[Bias, ...], tied: bool, source: str
 ) -> Transformer:
     """A model of its own from tensors in the shared layout and the fields of a TransformerLens config."""
-    _refuse(fields, source)
     config = _config(fields, biases=biases, tied=tied, source=source)
     # No memory and no random number is spent on weights that are replaced at once.
     with torch.device("meta"):
         model = Transformer(config, generator=None)
-    wanted = model.state_dict()
-    state = {_our_name(name): tensor.detach() for name, tensor in layout.items()}
-    if fields.get("normalization_type", "LN") == "LNPre":
-        state |= _unit_norms(wanted, like=state["embed.W_E"])
-    _check_entries(state, wanted, source)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # Weights that were saved in half precision are computed with in single.
+    state = {
+        _our_name(name): tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+        for name, tensor in layout.items()
+    }
+    # A norm without parameters is one of weight 1 and bias 0, which no file holds.
+    implied = {name for name in wanted if name.endswith((".w", ".b")) and fields.get("normalization_type") == "LNPre"}
+    _check_shapes(
+        {_their_name(name): tensor.shape for name, tensor in state.items()},
+        {_their_name(name): shape for name, shape in wanted.items() if name not in implied},
+        source,
+    )
+    for name in implied:
+        state[name] = state["embed.W_E"].new_full(wanted[name], float(name.endswith(".w")))
     for layer in range(config.n_layers):
         factor = math.sqrt(config.d_head) / _attention_scale(fields, config, layer)
-        for name in (f"weights.{layer}.attn.W_Q", f"weights.{layer}.attn.b_Q"):
+        for name in {f"weights.{layer}.attn.W_Q", f"weights.{layer}.attn.b_Q"} & set(state):
             state[name] = state[name] * factor
     owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     model.load_state_dict(owned, strict=True, assign=True)
@@ -320,15 +373,19 @@ def _refuse(fields: Mapping[str, object], source: str) -> None:
 
 
 def _config(fields: Mapping[str, object], *, biases: tuple[Bias, ...], tied: bool, source: str) -> ModelConfig:
+    _refuse(fields, source)
     attn_only = bool(fields.get("attn_only"))
-    needed = REQUIRED if attn_only else (*REQUIRED, "act_fn")
-    missing = [name for name in needed if fields.get(name) is None]
-    if missing:
-        raise WorkbenchError(f"{source}: its config lacks {', '.join(missing)}. Give all of {', '.join(needed)}.")
-    size = {name: int(str(fields[name])) for name in REQUIRED}
     # TransformerLens leaves d_mlp out, and writes -1 for d_vocab_out, where they follow from the rest.
-    d_mlp = int(str(fields.get("d_mlp") or 4 * size["d_model"]))
-    d_vocab_out = int(str(fields.get("d_vocab_out") or -1))
+    size = {name: value for name in (*REQUIRED, *OPTIONAL) if isinstance(value := fields.get(name), int)}
+    missing = [name for name in REQUIRED if name not in size]
+    missing += [name for name in OPTIONAL if name not in size and fields.get(name) is not None]
+    missing += [] if attn_only or fields.get("act_fn") is not None else ["act_fn"]
+    if missing:
+        raise WorkbenchError(
+            f"{source}: its config lacks {', '.join(missing)}, or has no number there. "
+            f"Give all of {', '.join(REQUIRED)}, act_fn."
+        )
+    d_mlp, d_vocab_out = size.get("d_mlp", 4 * size["d_model"]), size.get("d_vocab_out", -1)
     activation = str(fields.get("act_fn"))
     return ModelConfig(
         n_layers=size["n_layers"],
@@ -355,12 +412,6 @@ def _attention_scale(fields: Mapping[str, object], config: ModelConfig, layer: i
     return scale * (layer + 1) if fields.get("scale_attn_by_inverse_layer_idx") else scale
 
 
-def _unit_norms(wanted: Mapping[str, Tensor], *, like: Tensor) -> dict[str, Tensor]:
-    """Weight 1 and bias 0 for every LayerNorm."""
-    norms = {name: tensor.shape for name, tensor in wanted.items() if name.endswith((".w", ".b"))}
-    return {name: like.new_full(shape, float(name.endswith(".w"))) for name, shape in norms.items()}
-
-
 def _our_name(name: str) -> str:
     first, dot, rest = name.partition(".")
     return RENAMED.get(first, first) + dot + rest
@@ -371,17 +422,17 @@ def _their_name(name: str) -> str:
     return {ours: theirs for theirs, ours in RENAMED.items()}.get(first, first) + dot + rest
 
 
-def _check_entries(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
+def _check_shapes(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], source: str) -> None:
     """Raise one WorkbenchError for all entries that are missing, left over or of another shape."""
-    found = [f"missing {_their_name(name)}" for name in wanted if name not in state]
-    found += [f"unknown {_their_name(name)}" for name in state if name not in wanted]
-    found += [
-        f"{_their_name(name)} is {tuple(state[name].shape)}, wanted {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in state and state[name].shape != tensor.shape
+    faults = [f"missing {name}" for name in wanted if name not in found]
+    faults += [f"unknown {name}" for name in found if name not in wanted]
+    faults += [
+        f"{name} is {tuple(found[name])}, wanted {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != tuple(shape)
     ]
-    if found:
-        raise WorkbenchError(f"{source} does not fit its config: {'; '.join(found)}.")
+    if faults:
+        raise WorkbenchError(f"{source} does not fit its config: {'; '.join(faults)}.")
 
 
 def _export_notes(config: ModelConfig) -> Iterator[str]:

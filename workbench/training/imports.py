@@ -164,8 +164,15 @@ def read_model(reference: str) -> Transformer:
     make = getattr(import_file(Path(file)), function, None)
     if not callable(make):
         raise WorkbenchError(f"{file} has no function {function!r} that returns a model.")
-    made = make()
-    return made if isinstance(made, Transformer) else from_bridge(made)
+    made: Any = make()
+    if isinstance(made, Transformer):
+        return made
+    if type(made).__name__ != "TransformerBridge":
+        raise WorkbenchError(
+            f"{reference} returned a {type(made).__name__}; it must return a Transformer or a TransformerBridge. "
+            "Look into any other module in a notebook, through workbench.instrument.adapters.nnsight_model."
+        )
+    return from_bridge(made)
 
 
 def read_pairs(path: Path, config: ModelConfig, vocab: Path | None) -> Pairs:

@@ -1,0 +1,219 @@
+"""All that a report looks at in a run, and which of the expected findings it shows.
+
+`gather` runs the standard analyses once. One that does not apply (Fourier analysis of imported pairs, say) or that the
+run refuses (no headroom) is left out with its reason. `claims` then holds what was found against what the literature
+leads one to expect of a grokked network; what fails is reported like what holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pandas as pd
+
+from apps.analyses import (
+    PAIRS,
+    SEED,
+    attribution_of,
+    fourier_of,
+    lens_of,
+    measures_of,
+    pairs_of,
+    patch_of,
+    shuffled_fourier_of,
+)
+from circuits.patching import PatchMap
+from probes.attribution import Attribution, direct_logit_attribution
+from probes.fourier import FourierResult
+from probes.logit_lens import Trajectory
+from probes.progress import ProgressMeasures
+from workbench.runtime import WorkbenchError
+from workbench.tables import Table
+from workbench.training.checkpoints import MEASURES, Run
+
+Found = TypeVar("Found")
+
+MEMORISED_LOSS = 1e-4
+TEST_LOSS = 1e-2
+KEY_FREQUENCIES = (3, 6)
+NEURONS_EXPLAINED = 0.8
+LOGITS_EXPLAINED = 0.9
+NEAR_NOTHING = 0.1
+LEAD = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evidence:
+    """What the analyses of a run found; None where one was left out."""
+
+    run: Run
+    final: FourierResult | None
+    memorised: FourierResult | None
+    """The control: the checkpoint of memorising, with the final one's key frequencies."""
+    shuffled: FourierResult | None
+    """The control: the final checkpoint with its residues relabelled at random."""
+    progress: ProgressMeasures | None
+    patches: PatchMap | None
+    lens: Trajectory | None
+    attribution: Attribution | None
+    """By component."""
+    heads: Attribution | None
+    """The same with attention split into heads."""
+    left_out: Mapping[str, str]
+    """Why an analysis is not there, by its name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """An expected finding, and what was found."""
+
+    statement: str
+    wanted: str
+    found: float | None
+    """None where it was never reached or not measured."""
+    holds: bool
+
+
+def gather(run: Run) -> Evidence:
+    """Run the standard analyses."""
+    left_out: dict[str, str] = {}
+
+    def attempt(name: str, analyse: Callable[[], Found | None]) -> Found | None:
+        try:
+            return analyse()
+        except WorkbenchError as error:
+            left_out[name] = str(error)
+            return None
+
+    split, n = pairs_to_look_at(run)
+    final = attempt("Fourier analysis", lambda: fourier_of(run))
+    return Evidence(
+        run=run,
+        final=final,
+        memorised=None if final is None else attempt("memorised control", lambda: _memorised(run)),
+        shuffled=None if final is None else attempt("shuffled control", lambda: shuffled_fourier_of(run)),
+        progress=None if final is None else attempt("progress measures", lambda: _progress(run, final)),
+        patches=attempt("activation patching", lambda: patch_of(run, n=n, split=split)),
+        lens=attempt("logit lens", lambda: lens_of(run, n=n, split=split)),
+        attribution=attempt("direct logit attribution", lambda: attribution_of(run, n=n, split=split)),
+        heads=attempt(
+            "direct logit attribution by head",
+            lambda: direct_logit_attribution(run.model(), pairs_of(run, n, split), by="head"),
+        ),
+        left_out=left_out,
+    )
+
+
+def pairs_to_look_at(run: Run) -> tuple[str, int]:
+    """The split and how many of its pairs: as many as usual, or all that there are."""
+    split = "test" if "test" in run.task.splits else run.task.splits[0]
+    with_headroom = len(run.task.contrast(run.task.examples(split), seed=SEED))
+    return split, max(1, min(PAIRS, with_headroom))
+
+
+def _memorised(run: Run) -> FourierResult | None:
+    """The checkpoint at the moment of memorising, if that was kept and is not the last."""
+    step = run.log.step_memorised
+    kept = {checkpoint.step for checkpoint in run.checkpoints}
+    return fourier_of(run, step) if step in kept and step != run.checkpoint().step else None
+
+
+def _progress(run: Run, final: FourierResult) -> ProgressMeasures:
+    """What was measured after training, or else measured now."""
+    rows = run.folder.lines(MEASURES)
+    if not rows:
+        return measures_of(run)
+    return ProgressMeasures(rows=rows, key_frequencies=final.key_frequencies, provenance=final.provenance)
+
+
+def claims(evidence: Evidence) -> tuple[Claim, ...]:
+    """The expected findings that the evidence can speak to."""
+    return (*_training_claims(evidence.run), *_fourier_claims(evidence), *_progress_claims(evidence))
+
+
+def claims_table(found: tuple[Claim, ...]) -> Table:
+    """The claims, one a row."""
+    rows = [
+        {"finding": claim.statement, "expected": claim.wanted, "found": claim.found, "holds": claim.holds}
+        for claim in found
+    ]
+    return Table(
+        name="claims",
+        frame=pd.DataFrame(rows, columns=["finding", "expected", "found", "holds"]).astype({"found": float}),
+        kind="table",
+        axes={},
+        unit="",
+        caption="What one expects of a network that has grokked, and what this run shows. An empty cell was never "
+        "reached.",
+    )
+
+
+def at_least(statement: str, found: float | None, bound: float) -> Claim:
+    """A claim that holds from `bound` on."""
+    return Claim(statement=statement, wanted=f"≥ {bound:.4g}", found=found, holds=found is not None and found >= bound)
+
+
+def at_most(statement: str, found: float | None, bound: float) -> Claim:
+    """A claim that holds up to `bound`."""
+    return Claim(statement=statement, wanted=f"≤ {bound:.4g}", found=found, holds=found is not None and found <= bound)
+
+
+def _training_claims(run: Run) -> Iterator[Claim]:
+    rows = run.log.rows
+    if not rows:
+        return
+    memorised, generalised = run.log.step_memorised, run.log.step_generalised
+    delay = None if memorised is None or generalised is None else generalised - memorised
+    yield Claim(
+        statement="steps between memorising and generalising",
+        wanted="> 0",
+        found=delay,
+        holds=delay is not None and delay > 0,
+    )
+    halved = _row_where_test_loss_halves(rows)
+    loss_then = None if halved is None else halved["train_loss"]
+    yield at_most("train loss when the test loss has halved from its peak", loss_then, MEMORISED_LOSS)
+    yield at_most("test loss at the end", rows[-1]["test_loss"], TEST_LOSS)
+
+
+def _row_where_test_loss_halves(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
+    losses = [row["test_loss"] for row in rows]
+    peak = losses.index(max(losses))
+    return next((row for row in rows[peak:] if row["test_loss"] <= losses[peak] / 2), None)
+
+
+def _fourier_claims(evidence: Evidence) -> Iterator[Claim]:
+    final = evidence.final
+    if final is None:
+        return
+    count = len(final.key_frequencies)
+    low, high = KEY_FREQUENCIES
+    yield Claim(statement="key frequencies", wanted=f"{low} to {high}", found=float(count), holds=low <= count <= high)
+    if final.neurons is not None:
+        share = final.neurons.share_explained
+        yield at_least("share of live neurons that one frequency explains", share, NEURONS_EXPLAINED)
+    yield at_least("share of the logits that the key frequencies explain", final.logits_explained, LOGITS_EXPLAINED)
+    whole, kept = (final.losses[name].mean for name in ("loss", "loss_without_other_frequencies"))
+    yield at_most("test loss with the key frequencies alone", kept, whole)
+    without = final.losses["loss_without_key_frequencies"].mean
+    yield at_least("test loss without the key frequencies (guessing costs the bound)", without, math.log(final.order))
+    for control, result in (("residues shuffled", evidence.shuffled), ("memorised checkpoint", evidence.memorised)):
+        if result is not None:
+            neurons = {} if result.neurons is None else {"live neurons": result.neurons.share_explained}
+            for part, share in {"logits": result.logits_explained, **neurons}.items():
+                yield at_most(f"control, {control}: share of the {part} explained", share, NEAR_NOTHING)
+
+
+def _progress_claims(evidence: Evidence) -> Iterator[Claim]:
+    if evidence.progress is None:
+        return
+    log = evidence.run.log
+    found = evidence.progress.landmarks.summary(memorised=log.step_memorised, generalised=log.step_generalised)
+    for name, change in (("excluded", "doubles"), ("restricted", "halves")):
+        statement = f"lead of the {name} loss, which {change} before the test loss halves (share of the delay)"
+        lead = found[f"{name}_lead"]
+        assert lead is None or isinstance(lead, float)
+        yield at_least(statement, lead, LEAD)

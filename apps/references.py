@@ -1,0 +1,179 @@
+"""The papers that the methods come from, as BibTeX and as a line to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from workbench.runtime import WorkbenchError, nearest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """One source."""
+
+    key: str
+    kind: str
+    """BibTeX's entry type."""
+    fields: Mapping[str, str]
+
+    def bibtex(self) -> str:
+        """The entry."""
+        lines = [f"  {name} = {{{value}}}," for name, value in self.fields.items()]
+        return "\n".join([f"@{self.kind}{{{self.key},", *lines, "}"])
+
+    def line(self) -> str:
+        """Authors, year, title, place."""
+        authors = [_given_first(name) for name in self.fields["author"].split(" and ")]
+        shown = ", ".join(authors) if len(authors) <= 3 else f"{authors[0]} et al."
+        place = next(
+            (self.fields[name] for name in ("booktitle", "journal", "howpublished") if name in self.fields), ""
+        )
+        eprint = f" arXiv:{self.fields['eprint']}." if "eprint" in self.fields else ""
+        return f"{shown} ({self.fields['year']}). {_plain(self.fields['title'])}. {_plain(place)}.{eprint}"
+
+
+def _given_first(name: str) -> str:
+    last, comma, first = _plain(name).partition(", ")
+    return f"{first} {last}" if comma else last
+
+
+def _plain(text: str) -> str:
+    return text.replace("{", "").replace("}", "").replace("--", "–")
+
+
+def _reference(key: str, kind: str, **fields: str) -> Reference:
+    return Reference(key=key, kind=kind, fields=fields)
+
+
+REFERENCES = {
+    reference.key: reference
+    for reference in (
+        _reference(
+            "power2022grokking",
+            "misc",
+            author="Power, Alethea and Burda, Yuri and Edwards, Harri and Babuschkin, Igor and Misra, Vedant",
+            title="Grokking: Generalization Beyond Overfitting on Small Algorithmic Datasets",
+            year="2022",
+            howpublished="arXiv preprint",
+            eprint="2201.02177",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "nanda2023progress",
+            "inproceedings",
+            author="Nanda, Neel and Chan, Lawrence and Lieberum, Tom and Smith, Jess and Steinhardt, Jacob",
+            title="Progress Measures for Grokking via Mechanistic Interpretability",
+            booktitle="International Conference on Learning Representations",
+            year="2023",
+            eprint="2301.05217",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "zhong2023clock",
+            "inproceedings",
+            author="Zhong, Ziqian and Liu, Ziming and Tegmark, Max and Andreas, Jacob",
+            title="The {Clock} and the {Pizza}: Two Stories in Mechanistic Explanation of Neural Networks",
+            booktitle="Advances in Neural Information Processing Systems",
+            year="2023",
+            eprint="2306.17844",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "vig2020investigating",
+            "inproceedings",
+            author="Vig, Jesse and Gehrmann, Sebastian and Belinkov, Yonatan and Qian, Sharon and Nevo, Daniel "
+            "and Singer, Yaron and Shieber, Stuart",
+            title="Investigating Gender Bias in Language Models Using Causal Mediation Analysis",
+            booktitle="Advances in Neural Information Processing Systems",
+            year="2020",
+        ),
+        _reference(
+            "meng2022locating",
+            "inproceedings",
+            author="Meng, Kevin and Bau, David and Andonian, Alex and Belinkov, Yonatan",
+            title="Locating and Editing Factual Associations in {GPT}",
+            booktitle="Advances in Neural Information Processing Systems",
+            year="2022",
+            eprint="2202.05262",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "heimersheim2024how",
+            "misc",
+            author="Heimersheim, Stefan and Nanda, Neel",
+            title="How to Use and Interpret Activation Patching",
+            year="2024",
+            howpublished="arXiv preprint",
+            eprint="2404.15255",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "nostalgebraist2020logit",
+            "misc",
+            author="{nostalgebraist}",
+            title="Interpreting {GPT}: The Logit Lens",
+            year="2020",
+            howpublished="LessWrong",
+        ),
+        _reference(
+            "elhage2021mathematical",
+            "article",
+            author="Elhage, Nelson and Nanda, Neel and Olsson, Catherine and Henighan, Tom and Joseph, Nicholas "
+            "and Mann, Ben and Askell, Amanda and Bai, Yuntao and Chen, Anna and Conerly, Tom and DasSarma, Nova "
+            "and Drain, Dawn and Ganguli, Deep and Hatfield-Dodds, Zac and Hernandez, Danny and Jones, Andy "
+            "and Kernion, Jackson and Lovitt, Liane and Ndousse, Kamal and Amodei, Dario and Brown, Tom "
+            "and Clark, Jack and Kaplan, Jared and McCandlish, Sam and Olah, Chris",
+            title="A Mathematical Framework for Transformer Circuits",
+            journal="Transformer Circuits Thread",
+            year="2021",
+        ),
+        _reference(
+            "efron1979bootstrap",
+            "article",
+            author="Efron, Bradley",
+            title="Bootstrap Methods: Another Look at the Jackknife",
+            journal="The Annals of Statistics",
+            year="1979",
+            volume="7",
+            number="1",
+            pages="1--26",
+        ),
+        _reference(
+            "benjamini1995controlling",
+            "article",
+            author="Benjamini, Yoav and Hochberg, Yosef",
+            title="Controlling the False Discovery Rate: A Practical and Powerful Approach to Multiple Testing",
+            journal="Journal of the Royal Statistical Society: Series B",
+            year="1995",
+            volume="57",
+            number="1",
+            pages="289--300",
+        ),
+        _reference(
+            "phipson2010permutation",
+            "article",
+            author="Phipson, Belinda and Smyth, Gordon K.",
+            title="Permutation {P}-values Should Never Be Zero: Calculating Exact {P}-values When Permutations "
+            "Are Randomly Drawn",
+            journal="Statistical Applications in Genetics and Molecular Biology",
+            year="2010",
+            volume="9",
+            number="1",
+        ),
+    )
+}
+
+
+def references(keys: Iterable[str]) -> tuple[Reference, ...]:
+    """The references of these keys, each once, in the order in which they are first named.
+
+    Raises:
+        WorkbenchError: a key is not known.
+    """
+    found = []
+    for key in dict.fromkeys(keys):
+        if key not in REFERENCES:
+            raise WorkbenchError(f"Unknown reference {key!r}. {nearest(key, REFERENCES)}")
+        found.append(REFERENCES[key])
+    return tuple(found)

@@ -1,0 +1,295 @@
+"""The sections of a report: what was done, how, on how many examples, and the tables that show it.
+
+A section is text and tables; how it looks on the page is not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+
+from apps.evidence import Evidence, claims, claims_table
+from probes.fourier import LOSS_LABELS, FourierResult
+from workbench.tables import Table
+from workbench.training.checkpoints import Run
+from workbench.training.recipes import Recipe
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Section:
+    """A heading, a text, and tables with their pictures."""
+
+    title: str
+    text: str
+    """Paragraphs, an empty line between them."""
+    tables: tuple[Table, ...] = ()
+    landmarks: Mapping[str, int] = field(default_factory=dict)
+    """Steps to mark in curves over steps."""
+    references: tuple[str, ...] = ()
+    """Keys of the papers that the methods come from."""
+
+
+def sections_of(evidence: Evidence) -> tuple[Section, ...]:
+    """What a report of a run says, from the summary to the last analysis."""
+    found = (
+        _summary(evidence),
+        _training(evidence.run),
+        _progress(evidence),
+        _fourier(evidence),
+        _controls(evidence),
+        _patching(evidence),
+        _lens(evidence),
+        _attribution(evidence),
+    )
+    return tuple(section for section in found if section is not None)
+
+
+def _summary(evidence: Evidence) -> Section:
+    run = evidence.run
+    held = claims(evidence)
+    failed = [claim for claim in held if not claim.holds]
+    paragraphs = [f"{_name(run)} {_describe(run.recipe)} {_story(run)}"]
+    if evidence.final is not None:
+        keys = ", ".join(map(str, evidence.final.key_frequencies)) or "none"
+        paragraphs.append(f"Key frequencies of the final checkpoint: {keys}.")
+    if held:
+        paragraphs.append(f"Of {len(held)} findings that one expects of a grokked network, {_verdict(held, failed)}")
+    paragraphs += [f"Left out: {name}. {reason}" for name, reason in evidence.left_out.items()]
+    return Section(
+        title="Summary",
+        text="\n\n".join(paragraphs),
+        tables=(claims_table(held),) if held else (),
+        references=("power2022grokking", "nanda2023progress") if held else (),
+    )
+
+
+def _verdict(held: tuple[object, ...], failed: list) -> str:
+    if not failed:
+        return "this run shows all."
+    names = "; ".join(claim.statement for claim in failed)
+    return f"this run shows {len(held) - len(failed)}. It does not show: {names}."
+
+
+def _name(run: Run) -> str:
+    return f"Run {run.reference!r} of recipe {run.recipe.name!r}."
+
+
+def _describe(recipe: Recipe) -> str:
+    facts = {name: value for name, value in recipe.task.to_json().items() if isinstance(value, int | float | str)}
+    task = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if name != "name")
+    model = recipe.model
+    mlp = f"{model.d_mlp} neurons ({model.activation})" if model.d_mlp else "no MLP"
+    layers = f"{model.n_layers} layer{'s' if model.n_layers > 1 else ''}"
+    return (
+        f"Task: {recipe.task.name}{f' ({task})' if task else ''}. "
+        f"Model: {layers}, d_model {model.d_model}, {model.n_heads} heads of {model.d_head}, {mlp}."
+    )
+
+
+def _story(run: Run) -> str:
+    if not run.log.rows:
+        return "It came trained: there is no log."
+    last, marks = run.log.rows[-1], run.log.landmarks()
+    reached = [
+        f"{name} at step {marks[name]}" if name in marks else f"never {name}" for name in ("memorised", "generalised")
+    ]
+    seconds = run.status["seconds"]
+    took = "" if seconds is None else f" after {seconds:.0f} s"
+    return (
+        f"It {' and '.join(reached)}, and ended at step {last['step']}{took} ({run.status['reason']}): "
+        f"test loss {last['test_loss']:.3g}, test accuracy {last['test_accuracy']:.4g}."
+    )
+
+
+def _training(run: Run) -> Section | None:
+    if not run.log.rows:
+        return None
+    train = run.recipe.train
+    how = ""
+    if train is not None:
+        batch = (
+            "the whole training split at every step" if train.batch_size is None else f"batches of {train.batch_size}"
+        )
+        how = (
+            f"AdamW with learning rate {train.learning_rate:g}, decoupled weight decay {train.weight_decay:g} and "
+            f"betas {train.betas[0]:g} and {train.betas[1]:g}, on {batch}; log-softmax in {train.loss_dtype}. "
+        )
+    return Section(
+        title="Training",
+        text=f"{how}{len(run.log.rows)} evaluations. A landmark is the first evaluation from which the accuracy of its "
+        f"split stays at {run.log.solved_accuracy:g} or above for ten evaluations.",
+        tables=tuple(run.log.tables()),
+        landmarks=run.log.landmarks(),
+        references=("power2022grokking",),
+    )
+
+
+def _progress(evidence: Evidence) -> Section | None:
+    progress, log = evidence.progress, evidence.run.log
+    if progress is None:
+        return None
+    marks = progress.landmarks.summary(memorised=log.step_memorised, generalised=log.step_generalised)
+    events = [
+        ("the excluded loss doubles from its minimum", marks["excluded_doubles"], marks["excluded_lead"]),
+        ("the restricted loss halves from its peak", marks["restricted_halves"], marks["restricted_lead"]),
+        ("the test loss halves from its peak", marks["test_halves"], None),
+    ]
+    said = "; ".join(f"{what} {_when(step)}{_ahead(lead)}" for what, step, lead in events)
+    return Section(
+        title="Progress measures",
+        text=f"At each of {len(progress.rows)} checkpoints, with the key frequencies of the final one, on every pair "
+        f"of the splits: {said}.\n\nThe circuit forms while the test loss still says nothing, and the network then "
+        "drops what it memorised: where that is so, excluded and restricted loss move before the test loss does.",
+        tables=tuple(progress.tables()),
+        landmarks=log.landmarks(),
+        references=("nanda2023progress", "zhong2023clock"),
+    )
+
+
+def _when(step: object) -> str:
+    return "never" if step is None else f"at step {step}"
+
+
+def _ahead(lead: object) -> str:
+    return f", {lead:.2f} of the delay ahead of the test loss" if isinstance(lead, float) else ""
+
+
+def _fourier(evidence: Evidence) -> Section | None:
+    final = evidence.final
+    if final is None:
+        return None
+    whole, kept, without = (final.losses[name] for name in LOSS_LABELS)
+    return Section(
+        title="Fourier circuit",
+        text=f"The final checkpoint (step {evidence.run.checkpoint().step}) in the Fourier basis of its operation, on "
+        f"all {final.order**2} pairs; losses on the {final.n} pairs of the test split, with 95 % bootstrap intervals. "
+        f"A frequency is key if it owns at least 2 % of the live neurons.\n\n"
+        f"The key frequencies explain {final.logits_explained:.3f} of the logits. The test loss is {whole.mean:.3g}; "
+        f"with the key frequencies alone {kept.mean:.3g} ({kept.low:.3g} to {kept.high:.3g}), without them "
+        f"{without.mean:.3g} ({without.low:.3g} to {without.high:.3g}). Gradient symmetricity "
+        f"{final.gradient_symmetricity:.3f}, distance irrelevance {final.distance_irrelevance:.3f}: a Clock has a low "
+        "first and a high second, a Pizza the other way round.",
+        tables=tuple(final.tables()),
+        references=("nanda2023progress", "zhong2023clock", "efron1979bootstrap"),
+    )
+
+
+def _controls(evidence: Evidence) -> Section | None:
+    shown = {"final": evidence.final, "memorised": evidence.memorised, "residues shuffled": evidence.shuffled}
+    results = {name: result for name, result in shown.items() if result is not None}
+    if len(results) < 2:
+        return None
+    return Section(
+        title="Controls",
+        text="The same analysis where it must find next to nothing: on the checkpoint of the moment of memorising, "
+        "with the key frequencies of the final one, and on the final checkpoint with its residues relabelled at "
+        f"random, where it looks for key frequencies anew{_finds(evidence.shuffled)}.",
+        tables=(_control_shares(results), _control_losses(results)),
+        references=("nanda2023progress",),
+    )
+
+
+def _finds(shuffled: FourierResult | None) -> str:
+    if shuffled is None:
+        return ""
+    return f" and finds {', '.join(map(str, shuffled.key_frequencies)) or 'none'}"
+
+
+def _control_shares(results: Mapping[str, FourierResult]) -> Table:
+    rows = [
+        {"part": part, "explained": share, "analysis": name}
+        for name, result in results.items()
+        for part, share in (
+            ("live neurons", None if result.neurons is None else result.neurons.share_explained),
+            ("logits", result.logits_explained),
+        )
+        if share is not None
+    ]
+    return Table(
+        name="control_explained",
+        frame=pd.DataFrame(rows),
+        kind="bar",
+        axes={"x": "part", "y": "explained", "series": "analysis"},
+        unit="fraction",
+        caption="Share explained: of the live neurons by one frequency each, of the logits by the key frequencies.",
+    )
+
+
+def _control_losses(results: Mapping[str, FourierResult]) -> Table:
+    rows = [
+        {"logits": label, "loss": loss.mean, "low": loss.low, "high": loss.high, "analysis": name}
+        for name, result in results.items()
+        for key, label in LOSS_LABELS.items()
+        for loss in (result.losses[key],)
+    ]
+    n = next(iter(results.values())).n
+    return Table(
+        name="control_losses",
+        frame=pd.DataFrame(rows),
+        kind="bar",
+        axes={"x": "logits", "y": "loss", "low": "low", "high": "high", "series": "analysis"},
+        unit="nats",
+        caption=f"Test loss with frequencies removed from the logits; n = {n} pairs, 95 % bootstrap interval.",
+        log_y=True,
+    )
+
+
+def _patching(evidence: Evidence) -> Section | None:
+    patches = evidence.patches
+    if patches is None:
+        return None
+    apart = int(patches.disagree.sum())
+    agreement = (
+        "Denoising and noising agree within their intervals everywhere."
+        if apart == 0
+        else f"Denoising and noising disagree beyond their intervals in {apart} of {len(patches.cells)} cells: what "
+        "suffices is there not what is needed."
+    )
+    return Section(
+        title="Activation patching",
+        text=f"One cell at a time is replaced by its activation in the other run of the pair: clean into corrupt "
+        f"(denoise), corrupt into clean (noise). {patches.n} pairs of the final checkpoint"
+        f"{f', {patches.dropped} more without headroom left out' if patches.dropped else ''}; metric {patches.metric} "
+        f"(higher: {patches.higher}), clean {patches.clean:.4g}, corrupt {patches.corrupt:.4g}; 95 % paired bootstrap "
+        "intervals, and sign-flip tests at a false-discovery rate of 5 % in the column “significant”.\n\n"
+        f"{agreement}",
+        tables=tuple(patches.tables()),
+        references=(
+            "vig2020investigating",
+            "meng2022locating",
+            "heimersheim2024how",
+            "efron1979bootstrap",
+            "phipson2010permutation",
+            "benjamini1995controlling",
+        ),
+    )
+
+
+def _lens(evidence: Evidence) -> Section | None:
+    lens = evidence.lens
+    if lens is None:
+        return None
+    return Section(
+        title="Logit lens",
+        text="What the model would answer if it stopped here: the residual stream at each site and position, through "
+        f"the final norm and the unembedding. {lens.n} prompts, 95 % bootstrap intervals in the tables.",
+        tables=tuple(lens.tables()),
+        references=("nostalgebraist2020logit", "efron1979bootstrap"),
+    )
+
+
+def _attribution(evidence: Evidence) -> Section | None:
+    attribution, heads = evidence.attribution, evidence.heads
+    if attribution is None or heads is None:
+        return None
+    by_head = (replace(table, name=f"{table.name}_heads") for table in heads.tables())
+    return Section(
+        title="Direct logit attribution",
+        text=f"The {attribution.metric} as a sum of what each part writes into the last residual stream, by component "
+        f"and by head; what a part does through later layers is not seen here. {attribution.n} pairs, 95 % bootstrap "
+        "intervals.",
+        tables=(*attribution.tables(), *by_head),
+        references=("elhage2021mathematical", "efron1979bootstrap"),
+    )

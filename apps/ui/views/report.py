@@ -1,0 +1,116 @@
+"""Page Report: what a run's report holds, built as a process of its own, read here and taken away."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import time
+import zipfile
+from pathlib import Path
+
+import streamlit as st
+
+from apps.report import PAGE
+from apps.ui import jobs, state
+from apps.ui.jobs import Job
+from apps.ui.views.train import clock
+from workbench.store import runs_root
+from workbench.training.checkpoints import Run
+
+REPORTS = ".reports"
+WATCH_SECONDS = 2
+HOLDS = """
+- **One page of HTML** that opens offline, with every figure and what it shows
+- every **figure** as HTML and SVG or PDF, every **table** as CSV and LaTeX
+- **BibTeX** of the methods used
+- **manifest.json**: recipe, seeds, versions, hashes and commands; `workbench rerun` builds the report again from it
+"""
+
+
+def page() -> None:
+    """The page."""
+    st.title("Report")
+    run = state.choose_run()
+    out = report_folder(run)
+    arguments = ["report", run.reference, "--out", str(out)]
+    built = next((job for job in jobs.list_jobs(kind="report") if job.subject == run.reference), None)
+    running = built is not None and built.running
+    st.markdown(f"The report of **{run.reference}** holds:\n{HOLDS}")
+    label = "Build again" if (out / PAGE).is_file() else "Build"
+    if st.button(label, type="primary", disabled=running, icon=":material/description:"):
+        jobs.start([*arguments, "--json"], subject=run.reference)
+        st.rerun()
+    if built is not None:
+        st.session_state["report_runs"] = running
+        st.fragment(_watch, run_every=WATCH_SECONDS if running else None)(built.id)
+    if not running and (out / PAGE).is_file():
+        _built(run, out)
+    state.copy_as_python(
+        "import workbench\nfrom pathlib import Path\nfrom apps.report import report_run\n\n"
+        f"report_run(workbench.load({run.reference!r}), Path('report'))"
+    )
+    st.caption(f"As a command: `workbench {shlex.join(arguments)}`")
+
+
+def _watch(job_id: str) -> None:
+    """How the building goes; runs again by itself while it does."""
+    job = jobs.find_job(job_id)
+    if job.running != st.session_state["report_runs"]:
+        # The whole page: the report can be shown now.
+        st.rerun()
+    with st.container(border=True, horizontal=True, vertical_alignment="center"):
+        _state_of(job)
+
+
+def _state_of(job: Job) -> None:
+    status = job.status
+    match status:
+        case "running" | "stopping":
+            st.spinner(show_time=False)
+            st.markdown(f"Building, for {clock(job.seconds)}. {job.tail(1)}")
+            label = "Cancel" if status == "running" else "Stop at once"
+            st.button(label, key="cancel_report", on_click=job.cancel)
+        case "finished":
+            st.markdown(f"Built in {clock(job.seconds)}, {ago(time.time() - job.started - job.seconds)}. {counts(job)}")
+        case "cancelled":
+            st.markdown("Cancelled. Nothing of an earlier report was touched.")
+        case _:
+            st.error(job.tail(1) or "It vanished without a word: it was killed, or the machine was restarted.")
+
+
+def _built(run: Run, out: Path) -> None:
+    name = out.name
+    with st.container(horizontal=True):
+        st.download_button("Page (HTML)", (out / PAGE).read_bytes, f"{name}.html", "text/html", on_click="ignore")
+        st.download_button("Everything (ZIP)", lambda: zipped(out), f"{name}.zip", "application/zip", on_click="ignore")
+    st.iframe(out / PAGE, height=900, alt=f"Report of {run.reference}")
+
+
+def report_folder(run: Run) -> Path:
+    """Where the page has the report of a run written."""
+    return runs_root().resolve() / REPORTS / run.reference.replace(":", "_")
+
+
+def counts(job: Job) -> str:
+    """What a job says that it wrote."""
+    written = job.result
+    if written is None:
+        return ""
+    lacking = written["static_figures_missing"]
+    static = f"no SVG: {lacking}" if lacking else f"{written['static_figures']} of them also as SVG"
+    return f"{written['figures']} figures ({static}), {written['tables']} tables."
+
+
+def zipped(folder: Path) -> bytes:
+    """Every file of a folder, under the folder's name."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.write(path, Path(folder.name) / path.relative_to(folder))
+    return content.getvalue()
+
+
+def ago(seconds: float) -> str:
+    """A moment as a person says it."""
+    return "just now" if seconds < 60 else f"{clock(seconds)} ago"
