@@ -127,10 +127,12 @@ def import_model(options: argparse.Namespace) -> Printout:
     """A run from a model and pairs of the user's own."""
     from workbench.training.imports import import_run
 
-    name = options.run or Path(options.model.rpartition(":")[0] or options.model).stem
+    name = Path(options.model.rpartition(":")[0] or options.model).stem if options.run is None else options.run
     run, findings = import_run(options.model, options.pairs, name=name, vocab=options.vocab, runs=options.runs)
     content = {"run": name, "sites": len(run.model().sites), **findings.summary()}
-    return Printout(content=content, text=_pairs(content))
+    notes = [f"Note: {warning}" for warning in findings.warnings]
+    text = _pairs({key: value for key, value in content.items() if key != "warnings"})
+    return Printout(content=content, text="\n".join([text, *notes]))
 
 
 def report(options: argparse.Namespace) -> Printout:
@@ -208,6 +210,8 @@ def _run_to_continue(options: argparse.Namespace) -> tuple[Recipe, RunFolder]:
         raise WorkbenchError("--resume goes on with the run's own recipe; leave --set and --seed out.")
     name = find_recipe(options.recipe).name if options.run is None else options.run
     run = load(name, runs=options.runs)
+    if run.recipe.train is None:
+        raise WorkbenchError(f"Run {name!r} was imported: it has no training to go on with. Train a recipe instead.")
     return run.recipe, run.folder
 
 

@@ -125,7 +125,7 @@ def build_report(title: str, sections: Sequence[Section], out: Path, *, manifest
             "title": title,
             "sections": {section.title: [table.name for table in section.tables] for section in sections},
             "tables": {name: artifacts[f"tables/{name}.csv"] for name in tables},
-            "figures": {name: digest(drawn.to_json().encode()) for name, drawn in figures.items()},
+            "figures": {name: digest(str(drawn.to_json()).encode()) for name, drawn in figures.items()},
             "static_figures_missing": static.missing,
             "files": artifacts,
         }

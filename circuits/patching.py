@@ -1,12 +1,12 @@
 """Activation patching over a grid of cells (Vig et al. 2020; Meng et al. 2022; Heimersheim & Nanda 2024).
 
-A cell is one site at one position (or one entry of an attention pattern). *Denoising* puts the clean activation of a cell
-into the corrupted run: does it restore the answer? *Noising* puts the corrupted one into the clean run: does it break it?
-Both effects are shares of the difference between the two runs: 0 is no effect, 1 is all of it. They need not agree: what
-suffices is not always what is needed, and the result says where they differ.
+A cell is one site at one position (or one entry of an attention pattern). *Denoising* puts the clean activation of a
+cell into the corrupted run: does it restore the answer? *Noising* puts the corrupted one into the clean run: does it
+break it? Both effects are shares of the difference between the two runs: 0 is no effect, 1 is all of it. They need not
+agree: what suffices is not always what is needed, and the result says where they differ.
 
-All cells are computed together. Where the model allows it (`Resumable`), rows of the batch are cells, and each row begins
-at the layer and the position of its patch: what lies before is the cached run that is being patched.
+All cells are computed together. Where the model allows it (`Resumable`), rows of the batch are cells, and each row
+begins at the layer and the position of its patch: what lies before is the cached run that is being patched.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class PatchMap:
             "patch_pattern": frame[frame["dest"].notna()],
             "patch_neurons": frame[frame["neuron"].notna()],
         }
-        return [self._table(name, group) for name, group in groups.items() if len(group)]
+        return [self._table(name, pd.DataFrame(group)) for name, group in groups.items() if len(group)]
 
     def figure(self, table: int = 0) -> object:
         """A plotly figure of one of the tables."""
@@ -162,9 +162,9 @@ class PatchMap:
             axes=axes,
             unit="share of clean − corrupt",
             caption=(
-                f"Effect of patching on {self.metric} as a share of the difference between clean ({self.clean:.3g}) and "
-                f"corrupt ({self.corrupt:.3g}); n = {self.n} pairs, 95 % paired bootstrap intervals. Denoise: the clean "
-                "activation in the corrupt run; noise: the corrupt one in the clean run."
+                f"Effect of patching on {self.metric} as a share of the difference between clean ({self.clean:.3g}) "
+                f"and corrupt ({self.corrupt:.3g}); n = {self.n} pairs, 95 % paired bootstrap intervals. "
+                "Denoise: the clean activation in the corrupt run; noise: the corrupt one in the clean run."
             ),
         )
 
@@ -209,8 +209,8 @@ def patch_each(
 ) -> PatchMap:
     """Patch every cell of the sites, one at a time, over the pairs of a batch.
 
-    Cells are all positions of each site, and for `pattern` and `attn_scores` each (dest, src) that attention may use. One
-    patched entry of a pattern leaves its row summing to something else than 1. `L0.post.n*` stands for all neurons.
+    Cells are all positions of each site, and for `pattern` and `attn_scores` each (dest, src) that attention may use.
+    One patched entry of a pattern leaves its row summing to something else than 1. `L0.post.n*` stands for all neurons.
 
     Args:
         model: any instrumented model.
@@ -239,7 +239,8 @@ def patch_each(
     if difference.mean().abs() < HEADROOM:
         raise WorkbenchError(
             f"No headroom: mean {metric} is {values['clean'].mean():.4g} on the clean run and "
-            f"{values['corrupt'].mean():.4g} on the corrupt one (n = {len(batch)}). Choose pairs that the model tells apart."
+            f"{values['corrupt'].mean():.4g} on the corrupt one (n = {len(batch)}). "
+            "Choose pairs that the model tells apart."
         )
     directions: tuple[Direction, ...] = ("denoise", "noise") if direction == "both" else (direction,)
     patched, changes = [], []

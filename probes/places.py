@@ -158,7 +158,7 @@ def _written(model: Transformer, site: Site, vector: Float[Tensor, "*width"]) ->
 def _loudest(values: Float[Tensor, " vocab"], names: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
     top, tokens = values.topk(min(TOP, len(values)))
     called = [names[token] if names else str(token) for token in tokens.tolist()]
-    return tuple(zip(called, top.tolist(), strict=True))
+    return tuple((str(name), float(value)) for name, value in zip(called, top.tolist(), strict=True))
 
 
 def _direct_effect(model: Instrumented, batch: Batch, site: Site) -> float | None:

@@ -32,6 +32,8 @@ from plotly.subplots import make_subplots
 from workbench.runtime import WorkbenchError
 from workbench.tables import Table
 
+Span = tuple[int | float, int | float]
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours without the yellow, which a line on white loses."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -74,7 +76,7 @@ TEMPLATE = go.layout.Template(
 )
 
 
-def figure(table: Table, *, limit: float | None = None) -> go.Figure:
+def figure(table: Table, *, limit: int | float | None = None) -> go.Figure:
     """The picture of a table.
 
     Args:
@@ -97,11 +99,11 @@ def title_lines(caption: str) -> list[str]:
     return textwrap.wrap(clause, TITLE_LINE, max_lines=2, placeholder=" …")
 
 
-def with_landmarks(drawn: go.Figure, landmarks: Mapping[str, float]) -> go.Figure:
+def with_landmarks(drawn: go.Figure, landmarks: Mapping[str, int | float]) -> go.Figure:
     """The figure with a labelled vertical line at each landmark; labels that would meet stand one above the other."""
     marked = go.Figure(drawn)
     start, end = _x_range(drawn)
-    levels: list[list[tuple[float, float]]] = []
+    levels: list[list[Span]] = []
     for name, at in sorted(landmarks.items(), key=lambda item: item[1]):
         width = len(name) * CHARACTER / NARROW * (end - start)
         # Near the right end a label stands on the left of its line, where there is room.
@@ -123,11 +125,12 @@ def with_landmarks(drawn: go.Figure, landmarks: Mapping[str, float]) -> go.Figur
         )
     raised = 18 * (len(levels) - 1)
     if raised > 0:
-        marked.update_layout(margin_t=TITLE_MARGIN + raised, height=drawn.layout.height + raised)
+        # A figure without a height of its own has plotly's.
+        marked.update_layout(margin_t=TITLE_MARGIN + raised, height=(drawn.layout.height or 450) + raised)
     return marked
 
 
-def _meets(place: tuple[float, float], taken: Sequence[tuple[float, float]]) -> bool:
+def _meets(place: Span, taken: Sequence[Span]) -> bool:
     return any(place[0] < other[1] and other[0] < place[1] for other in taken)
 
 
@@ -136,7 +139,7 @@ def _x_range(drawn: go.Figure) -> tuple[float, float]:
     return (min(values), max(values)) if values else (0.0, 1.0)
 
 
-def _heatmap(table: Table, limit: float | None) -> go.Figure:
+def _heatmap(table: Table, limit: int | float | None) -> go.Figure:
     panels = _panels(table)
     columns = _panels_a_row(list(panels))
     rows = math.ceil(len(panels) / columns)
@@ -194,7 +197,7 @@ def _cells(table: Table, frame: pd.DataFrame, across: pd.Index, down: pd.Index) 
     )
 
 
-def _scale(table: Table, limit: float | None) -> dict[str, Any]:
+def _scale(table: Table, limit: int | float | None) -> dict[str, Any]:
     """White is zero, and a value has its colour whether or not the table holds the other sign."""
     values = table.frame[table.axes["value"]].to_numpy(dtype=float)
     values = values[np.isfinite(values)]

@@ -61,7 +61,7 @@ def sign_flip_pvalue(
     observed = flat.mean(0).abs()
     tolerance = 1e-12 * flat.abs().amax().clamp(min=1e-300)
     exceed = (null >= observed - tolerance).sum(0)
-    return ((exceed + 1) / (resamples + 1)).reshape(differences.shape[1:]).to(differences.dtype)
+    return ((exceed + 1).double() / (resamples + 1)).reshape(differences.shape[1:]).to(differences.dtype)
 
 
 def discoveries(pvalues: Float[Tensor, " *cells"], *, rate: float = 0.05) -> Bool[Tensor, " *cells"]:

@@ -301,19 +301,22 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         WorkbenchError: the file is missing or holds something else.
     """
-    # The error alone: torch's restricted reader raises it where a file asks for more than tensors.
-    from pickle import UnpicklingError
-
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        content = load(path.read_bytes()) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        if path.suffix.lower() == ".safetensors":
+            content = load(path.read_bytes())
+        else:
+            # Weights that were saved on a GPU are read where there is none.
+            content = torch.load(path, weights_only=True, map_location="cpu")
+    # Out of a damaged file torch's reader raises nearly anything: IndexError, UnicodeDecodeError, AssertionError, …
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WorkbenchError(f"Cannot read {path} as a state dict: {reason}") from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    ):
         raise WorkbenchError(f"{path} is not a state dict: it must map names to tensors.")
     return content
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,9 +39,10 @@ DIVERGING = (
     "#e08214",
     "#b35806",
     "#7f3b08",
-)  # noqa: E501
+)
 SEQUENTIAL = ("#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")
-BLANK = "#e6e6e6"
+BLANK = "#e4e7eb"
+"""As in `workbench.figures`: white would pass for zero."""
 BAR = MARKED = "#2166ac"
 PLAIN = "#9aa5b1"
 CHOSEN = "#b35806"
@@ -94,7 +95,7 @@ def heatmap(
     chosen = _chosen(choice, values) or default
     around = margins(rows, columns, title)
     spec = {
-        **_frame(around, title),
+        **_frame(around, title, ground=BLANK),
         "dataset": {"source": _cells(values, rows, columns, low, high)},
         "tooltip": {
             **_tooltip(),
@@ -105,7 +106,7 @@ def heatmap(
         "visualMap": _colour_bar(low, high, unit, DIVERGING if diverging else SEQUENTIAL),
         "series": [_clickable_cells(values.size), _outline(chosen, values, low, high)],
     }
-    # 18 pixels keep a row's label readable; a square number map is drawn in one glance.
+    # A row's label stays readable, and many rows still fit on one screen.
     tall = around.top + around.bottom + max(120, min(560, 26 * len(rows))) if height is None else height
     alt = f"{title}, {unit}: {len(rows)} x {len(columns)} cells"
     _draw(spec, key=key, choice=choice, shape=values.shape, height=tall, alt=alt)
@@ -139,6 +140,8 @@ def bars(
     reach = scale(values, limit=limit, diverging=True)[1]
     frame = pd.DataFrame(
         {
+            # Bars stand at their index: two labels may be the same.
+            "place": np.arange(values.size),
             "label": list(labels),
             "value": [rounded(number) for number in values],
             "reach": [math.copysign(reach, number) if math.isfinite(number) else None for number in values],
@@ -161,14 +164,14 @@ def bars(
         "series": [
             {
                 "type": "bar",
-                "encode": {"x": "label", "y": "value"},
+                "encode": {"x": "place", "y": "value"},
                 "silent": True,
                 "itemStyle": {"color": PLAIN if marked else BAR},
             },
             {"type": "bar", "data": lit, "barGap": "-100%", "silent": True},
             {
                 "type": "bar",
-                "encode": {"x": "label", "y": "reach"},
+                "encode": {"x": "place", "y": "reach", "itemName": "place"},
                 "barGap": "-100%",
                 "barCategoryGap": "0%",
                 "itemStyle": {"color": "transparent"},
@@ -200,7 +203,8 @@ def clickable(figure: go.Figure) -> go.Figure:
     """A copy whose lines can be clicked: plotly selects points only, so each line gets points that nobody sees."""
     copy = go.Figure(figure)
     unseen = {"marker": {"opacity": 0}}
-    for trace in copy.select_traces({"type": "scatter"}):
+    lines: Iterable[Any] = copy.select_traces({"type": "scatter"})
+    for trace in lines:
         if (trace.mode or "lines") == "lines" and trace.hoverinfo != "skip":
             trace.update(mode="lines+markers", marker_opacity=0, selected=unseen, unselected=unseen)
     return copy.update_layout(hovermode="x", hoverdistance=-1, clickmode="event+select")
@@ -310,6 +314,7 @@ def _cells(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], low:
             "x": column,
             "y": row,
             "colour": colour,
+            "place": np.arange(values.size),
             "row": np.asarray(rows, dtype=object)[row],
             "column": np.asarray(columns, dtype=object)[column],
             "value": flat,
@@ -322,7 +327,8 @@ def _clickable_cells(count: int) -> dict[str, Any]:
     edge = {"borderColor": "#ffffff", "borderWidth": 1 if count <= 2_000 else 0}
     return {
         "type": "heatmap",
-        "encode": {"x": "x", "y": "y", "value": "colour"},
+        # ECharts knows what is selected by name, and by itself would name all cells of a column alike.
+        "encode": {"x": "x", "y": "y", "value": "colour", "itemName": "place"},
         "label": {"show": count <= NUMBERED, "formatter": "{@shown}", "fontSize": 11},
         "itemStyle": edge,
         "emphasis": {"itemStyle": {"borderColor": INK, "borderWidth": 1}},
@@ -337,7 +343,7 @@ def _selectable() -> dict[str, Any]:
 
 def _outline(chosen: Place | None, values: np.ndarray, low: float, high: float) -> dict[str, Any]:
     data = []
-    if chosen is not None:
+    if chosen is not None and math.isfinite(values[chosen]):
         row, column = chosen
         data = [[column, row, float(np.clip(values[chosen], low, high))]]
     return {"type": "heatmap", "data": data, "silent": True, "itemStyle": {"borderColor": INK, "borderWidth": 3}}
@@ -365,7 +371,7 @@ def _colour_bar(low: float, high: float, unit: str, colours: Sequence[str]) -> d
     }
 
 
-def _frame(around: Margins, title: str) -> dict[str, Any]:
+def _frame(around: Margins, title: str, *, ground: str = "transparent") -> dict[str, Any]:
     return {
         "animation": False,
         "title": {
@@ -384,7 +390,7 @@ def _frame(around: Margins, title: str) -> dict[str, Any]:
             "outerBoundsMode": "none",
             "show": True,
             "borderWidth": 0,
-            "backgroundColor": "transparent",
+            "backgroundColor": ground,
         },
     }
 

@@ -57,7 +57,9 @@ def paired(clean: Batch, other: Batch) -> Batch:
 def position_names(task: Task, tokens: Sequence[int]) -> tuple[str, ...]:
     """Names of the positions of a prompt: `a=3`, or the token alone where it is its own name."""
     names = [task.vocab[token] for token in tokens]
-    labels = list(task.position_labels)[: len(names)]
+    # A typed prompt may be longer than those of the task, where it has prompts of several lengths.
+    known = task.position_labels
+    labels = [*known, *(f"t{position}" for position in range(len(known), len(names)))][: len(names)]
     return tuple(name if label == name else f"{label}={name}" for label, name in zip(labels, names, strict=True))
 
 

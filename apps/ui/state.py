@@ -8,8 +8,9 @@ have changed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import streamlit as st
 
@@ -50,7 +51,23 @@ def choose_run() -> Run:
     if wanted not in known:
         st.warning(f"There is no run {wanted!r} any more; this is {known[0]!r}. Choose another in the sidebar.")
         st.session_state.pop("run", None)
-    return open_run(st.sidebar.selectbox("Run", known, key="run", bind="query-params"))
+    _carry("run", known)
+    reference = st.sidebar.selectbox("Run", known, key="run", bind="query-params")
+    _remember("run", reference)
+    return open_run(reference)
+
+
+def choose_step(run: Run) -> int:
+    """The checkpoint chosen by a slider, which `?step=` in the URL names; the last one to begin with."""
+    steps = [checkpoint.step for checkpoint in run.checkpoints]
+    last = run.checkpoint().step
+    if len(steps) == 1:
+        st.caption(f"One checkpoint, at step {last}.")
+        return last
+    _carry("step", steps)
+    step = st.select_slider("Checkpoint (step)", steps, value=last, key="step", bind="query-params")
+    _remember("step", step)
+    return step
 
 
 def open_run(reference: str) -> Run:
@@ -124,6 +141,24 @@ def download(table: Table, *, key: str) -> None:
 def missing(text: str) -> None:
     """Say what is not there and what to do about it."""
     st.info(text, icon=":material/info:")
+
+
+def _carry(key: str, options: Sequence[object]) -> None:
+    """Set a widget as it was on the page before, which Streamlit forgets; what this page's URL says comes first."""
+    value, page = st.session_state.get(f"carried_{key}", (None, None))
+    if page != _page() and value in options and key not in st.query_params:
+        # The widget reads the one and leaves the other as it is until it is moved.
+        st.session_state[key] = value
+        st.query_params[key] = str(value)
+
+
+def _remember(key: str, value: object) -> None:
+    st.session_state[f"carried_{key}"] = (value, _page())
+
+
+def _page() -> str:
+    """Path of the page that is shown."""
+    return urlsplit(st.context.url or "").path
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from apps import commands
 from apps.cli import build_parser, main
@@ -39,6 +40,18 @@ def runs(finished: Path, tmp_path: Path) -> Path:
     """A copy of it to play with."""
     shutil.copytree(finished, tmp_path / "runs")
     return tmp_path / "runs"
+
+
+@pytest.fixture
+def brought(finished: Path, tmp_path: Path) -> Path:
+    """A model and pairs as somebody else would bring them: `a b =` modulo 13, where `=` is 13."""
+    folder = tmp_path / "brought"
+    folder.mkdir()
+    run = load("tiny", runs=finished)
+    save_file(run.model().state_dict(), folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps(run.recipe.model.to_json()))
+    (folder / "pairs.csv").write_text("clean,corrupt,answer,distractor\n1 2 13,1 4 13,3,5\n7 7 13,8 7 13,1,2\n")
+    return folder
 
 
 @pytest.fixture
@@ -191,6 +204,13 @@ def test_all_checkpoints(runs: Path, answer: Callable[..., dict[str, Any]]) -> N
     ]
 
 
+def test_import(runs: Path, brought: Path, answer: Callable[..., dict[str, Any]]) -> None:
+    found = answer("import", str(brought / "model.safetensors"), "--pairs", str(brought / "pairs.csv"), runs=runs)
+    assert (found["run"], found["pairs"], found["dropped"]) == ("model", 2, 0)
+    patched = answer("patch", "model", "--n", "2", "--split", "all", "--sites", "resid_pre", runs=runs)
+    assert patched["n"] == 2
+
+
 def test_doctor(finished: Path, answer: Callable[..., dict[str, Any]]) -> None:
     found = answer("doctor", runs=finished)
     assert found["collisions"] == {}
@@ -303,6 +323,52 @@ def test_what_cannot_be_parsed_is_one_line_too(arguments: tuple[str, ...], capsy
 def test_a_foreign_recipe_file(content: bytes, runs: Path, refusal: Callable[..., str]) -> None:
     (runs / "tiny" / "recipe.json").write_bytes(content)
     assert "rec" in refusal("show", "tiny", runs=runs)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        pytest.param({"model.safetensors": b"\x89PNG not weights"}, "model.safetensors", id="foreign weights"),
+        pytest.param({"model.safetensors": b""}, "model.safetensors", id="empty weights"),
+        pytest.param({"model.json": None}, "model.json", id="no config"),
+        pytest.param({"model.json": b'{"n_layers": 1}'}, "config", id="foreign config"),
+        pytest.param({"pairs.csv": None}, "pairs.csv", id="no pairs"),
+        pytest.param({"pairs.csv": b""}, "pairs.csv", id="empty pairs"),
+        pytest.param({"pairs.csv": b"a,b\n1,2\n"}, "clean, corrupt, answer, distractor", id="foreign columns"),
+        pytest.param({"pairs.csv": b"\xff\xfe\x00\x01"}, "pairs.csv", id="binary pairs"),
+        pytest.param({"pairs.csv": b"clean,corrupt,answer,distractor\n1 2 13,1 99 13,3,5\n"}, "99", id="token outside"),
+        pytest.param(
+            {"pairs.csv": b"clean,corrupt,answer,distractor\n1 2 13,1 13,3,5\n"}, "line 2", id="lengths differ"
+        ),
+    ],
+)
+def test_a_foreign_import_leaves_nothing(
+    break_it: dict[str, bytes | None], says: str, brought: Path, runs: Path, refusal: Callable[..., str]
+) -> None:
+    for name, content in break_it.items():
+        if content is None:
+            (brought / name).unlink()
+        else:
+            (brought / name).write_bytes(content)
+    arguments = ("import", str(brought / "model.safetensors"), "--pairs", str(brought / "pairs.csv"))
+    assert says in refusal(*arguments, "--run", "brought", runs=runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("tiny", "Run 'tiny' exists"), ("../out", "must be letters"), ("", "must be")]
+)
+def test_the_name_of_an_import_is_checked(
+    name: str, says: str, brought: Path, runs: Path, refusal: Callable[..., str]
+) -> None:
+    arguments = ("import", str(brought / "model.safetensors"), "--pairs", str(brought / "pairs.csv"), "--run", name)
+    assert says in refusal(*arguments, runs=runs)
+
+
+def test_a_report_never_replaces_what_is_no_report(runs: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("years")
+    assert "precious" in refusal("report", "tiny", "--out", str(tmp_path / "precious"), runs=runs)
+    assert (tmp_path / "precious" / "thesis.tex").read_text() == "years"
 
 
 def test_one_unreadable_run_does_not_hide_the_others(runs: Path, answer: Callable[..., dict[str, Any]]) -> None:

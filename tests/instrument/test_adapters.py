@@ -5,13 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from workbench.instrument.adapters import BridgeModel, ModelShape, NnsightModel, hooked_root, nnsight_model
+from workbench.instrument.adapters import BridgeModel, ModelShape, NnsightModel, PlaceSpec, hooked_root, nnsight_model
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site, SiteKind
 from workbench.instrument.trace import FromTrace, Patch, Trace, Value, Zero
@@ -24,7 +23,6 @@ CONFIGS = {
     "plain": SMALL,
     "norm": replace(SMALL, normalization="LN", biases=BIASES, activation="gelu_new"),
     "attention_only": replace(SMALL, d_mlp=0, biases=()),
-    "shared_norm": replace(SMALL, normalization="LN", schedule=(0, 1, 0)),
     "shared_tied_both_ways": replace(SMALL, tied=True, d_vocab_out=7, schedule=(0, 1, 1), causal=False),
 }
 
@@ -134,7 +132,7 @@ def test_the_same_gradients(model: Transformer, other: Instrumented) -> None:
 def each_cell(
     model: Instrumented, corrupt: Tensor, clean: Trace, metric: Callable[[Tensor], Tensor], kind: SiteKind
 ) -> Tensor:
-    """The metric after each patch of one position, one head or one entry of a pattern, as TransformerLens' sweeps."""
+    """The metric after each patch, over [layer, head, position or dest, src], flat."""
     heads = range(model.config.n_heads) if "head" in kind.dims else [None]
     positions, cells = range(corrupt.shape[1]), []
     for layer, head in itertools.product(range(model.config.n_steps), heads):
@@ -142,9 +140,7 @@ def each_cell(
             place = {"positions": [first]} if second is None else {"dest": first, "src": second}
             patch = Patch(site=Site(kind=kind, layer=layer, head=head), source=FromTrace(clean), **place)
             cells.append(metric(run(model, corrupt, patches=[patch]).logits))
-    found = torch.stack(cells).view(model.config.n_steps, len(heads), len(positions), -1)
-    # TransformerLens has [layer, pos], [layer, pos, head] and [layer, head, dest, src].
-    return found if "dest" in kind.dims else found.squeeze(-1).transpose(1, 2).squeeze(2 if heads == [None] else 99)
+    return torch.stack(cells)
 
 
 SWEEPS = {
@@ -167,7 +163,8 @@ def test_patching_of_transformer_lens_finds_what_our_passes_find(backend: str, s
     def metric(logits: Tensor) -> Tensor:
         return (logits[:, -1, 1] - logits[:, -1, 2]).mean()
 
-    model, kind, clean, corrupt = build(CONFIGS["shared_norm"]), SWEEPS[sweep], prompts(0), prompts(1)
+    model = build(replace(SMALL, normalization="LN", n_layers=1, schedule=(0, 0)))
+    kind, clean, corrupt = SWEEPS[sweep], prompts(0), prompts(1)
     theirs = to_bridge(model)[0] if backend == "bridge" else hooked_root(model)
     record = [site for site in model.sites if site.kind is kind]
     names = [site.place for site in record]
@@ -175,7 +172,7 @@ def test_patching_of_transformer_lens_finds_what_our_passes_find(backend: str, s
         _, cache = theirs.run_with_cache(clean, names_filter=names)
         found = getattr(patching, f"get_act_patch_{sweep}")(theirs, corrupt, cache, metric)
     wanted = each_cell(model, corrupt, run(model, clean, record=record), metric, kind)
-    assert close(found, wanted)
+    assert close((found.transpose(1, 2) if sweep.endswith("by_pos") else found).flatten(), wanted)
     assert len(wanted.unique()) > model.config.n_steps
 
 
@@ -217,6 +214,41 @@ def test_an_edit_that_transformer_lens_drops_is_an_error() -> None:
         run(bridge, prompts(), patches=[Patch(site=scores, source=Zero())])
 
 
+def test_an_edit_of_what_a_bridge_lacks_or_skips_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, z = bridged(build(SMALL)), Site.parse("L0.z")
+    with pytest.raises(WorkbenchError, match="Site L7.z is not in this model"):
+        bridge.forward(prompts(), {Site.parse("L7.z"): halve})
+    monkeypatch.setattr(bridge.bridge, "run_with_hooks", lambda tokens, **_: bridge.bridge(tokens))
+    with pytest.raises(WorkbenchError, match="pass never computed L0.z, so nothing was recorded or patched there"):
+        bridge.forward(prompts(), {z: halve})
+
+
+def test_a_bridge_without_aliases_is_looked_into_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(CONFIGS["norm"])
+    usual = bridged(model)
+    own = {name: hook for name, hook in usual.bridge.hook_dict.items() if hook.name == name}
+    monkeypatch.setattr(type(usual.bridge), "hook_dict", property(lambda _: own))
+    bare = BridgeModel(usual.bridge)
+    assert "blocks.0.hook_resid_pre" not in bare.bridge.hook_dict
+    assert bare.sites == usual.sites
+    for site in bare.sites:
+        assert close(bare.forward(prompts(), {site: halve}), model(prompts(), {site: halve})), site
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", ["norm", "shared_tied_both_ways"])
+def test_a_stream_of_any_depth_and_form_becomes_logits(backend: str, config: str) -> None:
+    model, final = build(CONFIGS[config]), Site.parse("ln_final_scale")
+    other = BACKENDS[backend](model)
+    edits = {final: halve} if final in model.sites else {}
+    streams = run(model, prompts(), record=["L0.resid_pre", "L1.resid_mid", "L1.resid_post"]).activations
+    for site, x in streams.items():
+        assert close(other.finish(x, {}), model.finish(x, {})), site
+        assert close(other.finish(x, edits), model.finish(x, edits)), site
+        assert close(other.finish(x[:, 0], {}), model.finish(x[:, 0], {})), site
+    assert close(other.finish(x.repeat(1, 4, 1), {}), model.finish(x, {}).repeat(1, 4, 1))
+
+
 def test_names_alone_would_mislead() -> None:
     # The mutant: the bridge's own hooks of those names, which the adapter does not use. Each gives other logits.
     model = build(CONFIGS["norm"])
@@ -240,24 +272,28 @@ def test_a_bridge_is_as_before_when_a_pass_is_over() -> None:
     assert torch.equal(bridge.forward(prompts()), before)
 
 
-def test_a_gpt2_in_a_bridge_is_looked_into_like_its_import(tmp_path: Path) -> None:
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
+def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_layer": 2, "n_embd": 6, "n_head": 2, "n_positions": 5, "vocab_size": 7, "initializer_range": 0.5}
-    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, attn_implementation="eager")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        theirs = GPT2LMHeadModel(config).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = from_hugging_face(tmp_path)
-    bridge = BridgeModel(build_bridge_from_module(theirs, "GPT2LMHeadModel", hf_config=config))
+        return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, attn_implementation="eager")).eval()
+
+
+def test_a_gpt2_in_a_bridge_is_looked_into_like_its_import() -> None:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    theirs = gpt2()
+    ours = from_hugging_face(theirs)
+    bridge = BridgeModel(build_bridge_from_module(theirs, "GPT2LMHeadModel", hf_config=theirs.config))
     mine, found = (run(which, prompts(), record=bridge.sites) for which in (ours, bridge))
     assert close(found.logits, mine.logits)
     for site in bridge.sites:
         assert close(found[site], mine[site]), site
         edited = bridge.forward(prompts(1), {site: halve})
         assert close(edited, ours(prompts(1), {site: halve})), site
+    assert close(bridge.finish(mine["L0.resid_mid"], {}), ours.finish(mine["L0.resid_mid"], {}))
 
 
 def test_blocks_side_by_side_are_refused() -> None:
@@ -275,6 +311,7 @@ class Foreign(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.tokens, self.value, self.query = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 6)
         self.mixer, self.twice, self.unused, self.head = Mixer(), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 7)
+        self.boxed = Boxed()
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -283,7 +320,12 @@ class Foreign(nn.Module):
         x = self.tokens(tokens)
         value, query = self.value(x), self.query(x)
         mixed, _ = self.mixer(query, value)
-        return self.head(self.twice(self.twice(x + mixed)))
+        return self.head(self.twice(self.twice(self.boxed(x + mixed)["x"])))
+
+
+class Boxed(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": x}
 
 
 class Mixer(nn.Module):
@@ -296,9 +338,8 @@ SHAPE = ModelShape(n_steps=1, n_heads=2, d_mlp=0, n_ctx=5, causal=False, d_vocab
 FOREIGN = {"embed": "tokens", "L0.q": "query", "L0.v": "value", "L0.attn_out": "mixer"}
 
 
-def foreign(module: nn.Module, **places: str) -> NnsightModel:
-    named = places or FOREIGN
-    return nnsight_model(module, {Site.parse(site): path for site, path in named.items()}, config=SHAPE)
+def foreign(module: nn.Module, **places: PlaceSpec | str) -> NnsightModel:
+    return nnsight_model(module, places or FOREIGN, config=SHAPE)
 
 
 def test_any_module_can_be_patched_through_nnsight() -> None:
@@ -336,6 +377,60 @@ def test_a_submodule_that_a_site_does_not_meet_once_is_an_error(path: str, times
     model = foreign(Foreign(), **{"L0.resid_post": path})
     with pytest.raises(WorkbenchError, match=f"L0.resid_post: a pass calls its submodule '{path}' {times} times"):
         model.forward(prompts())
+
+
+@pytest.mark.parametrize(
+    ("site", "place", "message"),
+    [
+        ("L0.pattern", "mixer", r"output is \[4, 5, 6\], and \[batch, head, dest, src\] is wanted"),
+        ("L0.q", PlaceSpec(path="query", heads=4), "output of width 6 is not that of 4 heads. Say how many it has"),
+        ("L0.attn_out", "boxed", "submodule 'boxed': its output is a dict, and .* is wanted"),
+    ],
+)
+def test_an_output_in_another_form_than_its_site_is_an_error(site: str, place: PlaceSpec | str, message: str) -> None:
+    with pytest.raises(WorkbenchError, match=message):
+        foreign(Foreign(), **{site: place}).forward(prompts())
+
+
+def test_grouped_heads_are_split_as_the_caller_says() -> None:
+    model, tokens = foreign(Foreign(), **{"L0.v": PlaceSpec(path="value", heads=1), "L0.q": "query"}), prompts()
+    trace = run(model, tokens, record=model.sites)
+    assert trace["L0.v"].shape == (4, 5, 1, 6)
+    assert trace["L0.q"].shape == (4, 5, 2, 3)
+    with pytest.raises(WorkbenchError, match="Patch at L0.v.h1: head 1 is outside 0 to 0"):
+        run(model, tokens, patches=[Patch(site=Site.parse("L0.v.h1"), source=Zero())])
+
+
+def test_a_gpt2_through_nnsight_is_looked_into_like_its_import() -> None:
+    theirs = gpt2()
+    ours = from_hugging_face(theirs)
+    places = {"embed": "transformer.wte", "pos_embed": "transformer.wpe", "ln_final_normalized": "transformer.ln_f"}
+    for layer in range(2):
+        block = f"transformer.h.{layer}"
+        places |= {f"L{layer}.ln1_normalized": f"{block}.ln_1", f"L{layer}.attn_out": f"{block}.attn"}
+        places |= {f"L{layer}.pre": f"{block}.mlp.c_fc", f"L{layer}.post": f"{block}.mlp.act"}
+        places |= {f"L{layer}.mlp_out": f"{block}.mlp", f"L{layer}.resid_post": block}
+    with pytest.raises(
+        WorkbenchError, match="gives CausalLM.*, and logits .* are wanted. Say how to get them with forwa"
+    ):
+        nnsight_model(theirs, places, config=ours.config).forward(prompts())
+    model = nnsight_model(theirs, places, config=ours.config, forward=lambda module, tokens: module(tokens).logits)
+    mine, found = (run(which, prompts(), record=model.sites) for which in (ours, model))
+    assert close(found.logits, mine.logits)
+    for site in model.sites:
+        assert close(found[site], mine[site]), site
+        assert close(model.forward(prompts(1), {site: halve}), ours(prompts(1), {site: halve})), site
+    assert close(model.finish(mine["L0.resid_post"], {}), ours.finish(mine["L0.resid_post"], {}))
+
+
+def test_without_the_last_stream_there_is_no_lens() -> None:
+    with pytest.raises(WorkbenchError, match="Site L0.resid_post is not in this model"):
+        foreign(Foreign()).finish(torch.zeros(4, 5, 6), {})
+
+
+def test_a_site_that_was_not_named_is_an_error() -> None:
+    with pytest.raises(WorkbenchError, match="Site L0.k is not in this model"):
+        foreign(Foreign()).forward(prompts(), {Site.parse("L0.k"): halve})
 
 
 def test_wrong_places_are_refused() -> None:

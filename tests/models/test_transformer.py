@@ -188,6 +188,19 @@ def test_nothing_reads_padding_but_padding(seed: int, padding: list[bool]) -> No
         assert not hidden.any() or (after[:, hidden] - before[:, hidden]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_prompt_means_the_same_padded_and_in_company(causal: bool) -> None:
+    model, tokens = build(replace(SMALL, pad_token=0, causal=causal, normalization="LN")), prompts().clamp_min(1)
+    padded = tokens.clone()
+    for row, length in enumerate((5, 2, 3, 1)):
+        padded[row, length:] = 0
+        alone = model(tokens[row : row + 1, :length])[0]
+        torch.testing.assert_close(model(padded)[row, :length], alone, rtol=1e-10, atol=1e-12)
+    # The mutant: a model that does not know its padding is moved by it, unless it cannot look there.
+    deaf = build(replace(SMALL, causal=causal, normalization="LN"))
+    assert torch.allclose(deaf(padded)[1, :2], deaf(tokens[1:2, :2])[0]) == causal
+
+
 def test_without_a_pad_token_padding_is_read() -> None:
     model, tokens = build(SMALL), torch.tensor([[0, 1, 2]])
     before = model(tokens)

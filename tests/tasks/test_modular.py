@@ -137,10 +137,33 @@ def test_bad_prompts(operation, text, message):
         ({"operation": "pow"}, "operation=pow is not of the kind"),
     ],
 )
-def test_worlds_that_cannot_be_are_refused(fields, message):
+def test_worlds_that_cannot_be_are_refused_on_the_command_line(fields, message):
     settings = [f"task.{key}={value}" for key, value in fields.items()]
     with pytest.raises(WorkbenchError, match=message):
         find_recipe("modular").override(settings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"p": 1}, "Modulus p must be at least 3, got 1. Try p=113"),
+        ({"p": 2}, "at least 3, got 2"),
+        ({"train_fraction": 0.0}, "both excluded, got 0.0"),
+        ({"train_fraction": 1.0}, "both excluded, got 1.0"),
+        ({"p": 3, "train_fraction": 0.99}, "leaves a split empty"),
+        ({"operation": "div", "p": 9}, "Division needs a prime modulus, got p=9"),
+        ({"operation": "pow"}, "Unknown operation 'pow'"),
+    ],
+)
+def test_and_in_code(fields, message, monkeypatch):
+    # The tests' type checker would be first with the operation; users run without it.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(WorkbenchError, match=message):
+        Modular(**fields)
+
+
+def test_other_operations_live_with_a_composite_modulus():
+    assert len(Modular(operation="mul", p=9).examples("all")) == 81
 
 
 @pytest.mark.parametrize(

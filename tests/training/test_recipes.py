@@ -1,9 +1,12 @@
 import json
+from dataclasses import replace
 
+import jaxtyping
 import pytest
 
-from workbench.models.transformer import Transformer
+from workbench.models.transformer import ModelConfig, Transformer
 from workbench.runtime import WorkbenchError
+from workbench.tasks.pairs import Pairs
 from workbench.training.recipes import RECIPES, Recipe, TrainConfig, find_recipe
 
 OWN = """
@@ -31,6 +34,30 @@ def doubled():
 
 def nothing():
     return 3
+
+
+def fails():
+    return modular_smoke().no_such_thing
+
+
+# It can all that a task can, but is no dataclass.
+class Plain:
+    def __init__(self):
+        task = Modular(p=59)
+        vars(self).update({name: getattr(task, name) for name in dir(task) if not name.startswith("_")})
+
+
+def plain():
+    return replace(modular_smoke(), name="plain", task=Plain())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half:
+    name = "half"
+
+
+def half():
+    return replace(modular_smoke(), name="half", task=Half())
 """
 
 
@@ -89,6 +116,14 @@ def test_the_vocabulary_follows_the_task():
         ("causal=1", "causal=1 is not of the kind bool"),
         ("betas=[0.9]", "is not of the kind"),
         ("loss_dtype=float16", "is not of the kind"),
+        ("=3", "Unknown setting ''"),
+        ("learning_rate=NaN", "learning_rate must be above 0"),
+        ("learning_rate=1e999", "learning_rate must be above 0"),
+        ("weight_decay=NaN", "weight_decay at least 0"),
+        ("weight_decay=Infinity", "weight_decay at least 0"),
+        ("clip_norm=NaN", "clip_norm must be above 0"),
+        ("betas=[NaN,0.9]", "betas must lie in"),
+        ("train_fraction=NaN", "between 0 and 1, both excluded, got nan"),
         ("d_vocab=200", "the task has 114 tokens, the model 200"),
         ("n_ctx=2", "prompts have 3 positions, the model reads 2"),
         ("steps=0", "steps must be at least 1, got 0"),
@@ -114,8 +149,34 @@ def test_one_seed_for_everything():
         recipe.with_seed(-1)
 
 
-def test_unknown_loss_precision_is_refused_where_types_are_not_checked():
-    with pytest.raises(Exception, match="loss_dtype"):
+def imported():
+    task = Pairs(vocab=("a", "b"), clean=((0,),), corrupt=((1,),), answer=(0,), distractor=(1,))
+    model = ModelConfig(n_layers=1, d_model=4, n_heads=1, d_head=4, d_mlp=0, n_ctx=1, d_vocab=2, d_vocab_out=2)
+    return Recipe(name="imported", task=task, model=model, train=None, shows="pairs")
+
+
+def test_a_seed_leaves_a_world_that_is_not_drawn_as_it_is():
+    recipe = replace(imported(), train=TrainConfig(steps=1))
+    assert recipe.with_seed(5) == replace(imported(), train=TrainConfig(steps=1, init_seed=5, batch_seed=5))
+
+
+def test_a_name_that_two_parts_share_must_be_said_in_full():
+    with pytest.raises(WorkbenchError, match="'pad_token' is ambiguous: say task.pad_token or model.pad_token"):
+        imported().override(["pad_token=1"])
+    assert imported().override(["model.pad_token=1"]).model.pad_token == 1
+
+
+def test_a_recipe_without_training_survives_json_and_has_no_training_to_set():
+    assert Recipe.from_json(json.loads(json.dumps(imported().to_json()))) == imported()
+    assert imported().with_seed(3) == imported()
+    with pytest.raises(WorkbenchError, match="Unknown setting 'train.steps'"):
+        imported().override(["train.steps=3"])
+
+
+def test_unknown_loss_precision_is_refused_where_types_are_not_checked(monkeypatch):
+    # The tests' type checker would be first; users run without it.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(WorkbenchError, match="Unknown loss_dtype 'float16'. Known: float32, float64"):
         TrainConfig(steps=1, loss_dtype="float16")
 
 
@@ -138,9 +199,17 @@ def test_own_task_is_found_again_while_its_file_is_unchanged(own):
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("absent", "has no function 'absent'"), ("nothing", "returned a int; it must return a workbench Recipe")],
+    [
+        ("absent", "has no function 'absent'"),
+        ("nothing", "returned a int; it must return a workbench Recipe"),
+        ("fails", "my_recipes.py:fails failed: AttributeError: .*no_such_thing"),
+        ("plain", "'plain': its task, a Plain, must be a frozen dataclass"),
+        ("half", "'half': its task, a Half, must be a frozen dataclass with all that workbench.tasks.base.Task asks"),
+    ],
 )
-def test_own_functions_that_make_no_recipe(own, function, message):
+def test_own_functions_that_make_no_recipe(own, function, message, monkeypatch):
+    # The tests' type checker would be first with the tasks; users run without it.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(WorkbenchError, match=message):
         find_recipe(f"{own}:{function}")
 
@@ -156,7 +225,30 @@ def test_files_that_cannot_be_recipes(tmp_path):
         find_recipe("modulr")
 
 
-@pytest.mark.parametrize("content", [{}, {"name": "x", "task": {"name": "modular", "q": 3}}])
+def test_own_task_of_a_file_named_from_here_is_found_from_elsewhere(own, monkeypatch):
+    monkeypatch.chdir(own.parent)
+    content = json.loads(json.dumps(find_recipe("my_recipes.py:doubled").to_json()))
+    monkeypatch.chdir("/")
+    assert Recipe.from_json(content).task.p == 59
+
+
+def test_an_unknown_task_is_named():
+    content = {**find_recipe("modular").to_json(), "task": {"name": "modula"}}
+    with pytest.raises(WorkbenchError, match="Unknown task 'modula'. Did you mean 'modular'"):
+        Recipe.from_json(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"name": "x", "task": {"name": "modular", "q": 3}},
+        {"name": "x", "task": "modular"},
+        {"name": "x", "task": {"name": "modular", "p": "many"}},
+        {**find_recipe("modular").to_json(), "model": 3},
+        {**find_recipe("modular").to_json(), "train": {"steps": "many"}},
+    ],
+)
 def test_foreign_json_is_no_recipe(content):
     with pytest.raises(WorkbenchError, match="not a recipe that this version reads"):
         Recipe.from_json(content)

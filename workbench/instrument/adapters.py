@@ -174,7 +174,10 @@ class PlaceSpec:
 
 
 class NnsightModel:
-    """Any module as an `Instrumented` model, through nnsight: one trace a pass, edits inside the trace."""
+    """Any module as an `Instrumented` model, through nnsight: one trace a pass, edits inside the trace.
+
+    For one thread at a time, because a trace lives on the modules: give each thread a model of its own.
+    """
 
     def __init__(
         self, root: _Called, places: Mapping[Site, PlaceSpec], *, config: Shape, provenance: Provenance
@@ -313,12 +316,12 @@ def nnsight_model(
 class _Called(nn.Module):
     """A module and its caller's way from tokens to logits: the root that nnsight traces."""
 
-    def __init__(self, called: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def __init__(self, called: nn.Module, call: Callable[[nn.Module, Tensor], Any]) -> None:
         super().__init__()
         self.called = called
         self._call = call
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         return self._call(self.called, tokens)
 
 

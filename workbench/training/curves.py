@@ -60,7 +60,9 @@ class TrainLog:
         return {name: step for name, step in found.items() if step is not None}
 
     def tables(self) -> Sequence[Table]:
-        """Loss and accuracy by step."""
+        """Loss and accuracy by step; none of a run that was not trained here."""
+        if not self.rows:
+            return []
         return [self._curves("loss", "nats", log_y=True), self._curves("accuracy", "fraction", log_y=False)]
 
     def _first_held(self, column: str) -> int | None:

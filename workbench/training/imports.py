@@ -7,23 +7,26 @@ Nothing is written before everything has passed, and the run folder appears whol
 
 from __future__ import annotations
 
-import csv
-import json
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pandas as pd
 import torch
+from beartype.door import is_bearable
+from jaxtyping import Float
+from torch import Tensor
 
 from workbench.instrument.passes import run as run_model
 from workbench.intervals import paired_bootstrap
 from workbench.metrics import metric
 from workbench.models.bridges import from_bridge, from_hooked_transformer, from_hugging_face
 from workbench.models.transformer import ModelConfig, Transformer
-from workbench.runtime import WorkbenchError
+from workbench.runtime import WorkbenchError, code_version
 from workbench.store import (
     Provenance,
     RunFolder,
@@ -36,13 +39,16 @@ from workbench.store import (
 )
 from workbench.tables import Table
 from workbench.tasks.base import Batch
-from workbench.tasks.pairs import Pairs, encode
+from workbench.tasks.pairs import Pairs
 from workbench.training.checkpoints import STATUS, Run, load, save_checkpoint
+from workbench.training.pair_files import read_pairs
 from workbench.training.recipes import Recipe, import_file
 
-COLUMNS = ("clean", "corrupt", "answer", "distractor")
-NAMED = 5
-"""Faulty lines that an error names."""
+WEIGHTS = (".safetensors", ".pt", ".pth")
+FEW = 10
+"""Pairs below which a bootstrap interval is too narrow to trust."""
+LOGITS = 2**25
+"""Logits of one pass: a large vocabulary is measured a few prompts at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -50,71 +56,91 @@ class Findings:
     """What the validator found in pairs that it let pass."""
 
     pairs: int
+    """Pairs that were read."""
     dropped: int
     """Pairs whose answer is their distractor: no headroom."""
+    n: int
+    """Pairs that were kept, and that the numbers below are of."""
     length: tuple[int, int]
     """Shortest and longest prompt."""
     differing: tuple[int, float, int]
     """Positions at which clean and corrupt differ: least, median, most."""
     accuracy: float
     """Share of clean prompts that the model answers right."""
+    clean: float
+    """Mean logit difference of answer and distractor on the clean prompts."""
+    corrupt: float
+    """The same on the corrupt prompts."""
     headroom: float
-    """Mean logit difference of the clean prompts minus that of the corrupt ones."""
+    """Clean minus corrupt: what there is for a patch to restore or to break."""
     headroom_interval: tuple[float, float]
-    n: int
     provenance: Provenance
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a person should know before trusting a patch map of these pairs."""
-        found = []
-        if self.dropped:
-            found.append(f"{self.dropped} of {self.pairs} pairs have the same answer and distractor and are left out.")
-        if self.differing[2] > 1:
-            found.append(
-                f"Clean and corrupt differ at up to {self.differing[2]} positions: no effect can be told to one."
-            )
-        if self.accuracy < 0.5:
-            found.append(f"The model answers only {self.accuracy:.0%} of the clean prompts right (n = {self.n}).")
-        if self.headroom_interval[0] <= 0:
-            found.append(
+        low, high = self.headroom_interval
+        doubts = [
+            (
+                self.dropped > 0,
+                f"{self.dropped} of {self.pairs} pairs have the same answer and distractor and are left out.",
+            ),
+            (self.n < FEW, f"Only {self.n} pairs: intervals over so few are too narrow to trust."),
+            (
+                self.length[0] < self.length[1],
+                f"Prompts are {self.length[0]} to {self.length[1]} tokens long: a position is not one place in all.",
+            ),
+            (
+                self.differing[2] > 1,
+                f"Clean and corrupt differ at up to {self.differing[2]} positions: no effect is that of one change.",
+            ),
+            (
+                self.accuracy < 0.5,
+                f"The model answers only {self.accuracy:.0%} of the clean prompts right (n = {self.n}).",
+            ),
+            (
+                low <= 0,
                 f"The model hardly tells clean from corrupt: headroom {self.headroom:.3g} logits, "
-                f"95 % interval {self.headroom_interval[0]:.3g} to {self.headroom_interval[1]:.3g} (n = {self.n})."
-            )
-        return tuple(found)
+                f"95 % interval {low:.3g} to {high:.3g} (n = {self.n}).",
+            ),
+        ]
+        return tuple(doubt for holds, doubt in doubts if holds)
 
     def summary(self) -> dict[str, object]:
         """What the command line prints."""
         return {
             "pairs": self.pairs,
             "dropped": self.dropped,
+            "n": self.n,
             "length": list(self.length),
             "differing": list(self.differing),
             "accuracy": self.accuracy,
+            "metric": "logit_difference",
+            "clean": self.clean,
+            "corrupt": self.corrupt,
             "headroom": self.headroom,
             "headroom_interval": list(self.headroom_interval),
-            "n": self.n,
             "warnings": list(self.warnings),
         }
 
     def tables(self) -> Sequence[Table]:
         """The findings, one a row."""
+        low, high = self.headroom_interval
         rows = [
-            ("pairs read", self.pairs, ""),
-            ("pairs without headroom, left out", self.dropped, ""),
+            ("pairs read", f"{self.pairs}", ""),
+            ("pairs without headroom, left out", f"{self.dropped}", ""),
             ("shortest and longest prompt", f"{self.length[0]} to {self.length[1]}", "tokens"),
             ("positions that differ (least, median, most)", ", ".join(f"{value:g}" for value in self.differing), ""),
             ("clean prompts answered right", f"{self.accuracy:.3g}", f"fraction of {self.n}"),
-            (
-                "headroom",
-                f"{self.headroom:.3g} ({self.headroom_interval[0]:.3g} to {self.headroom_interval[1]:.3g})",
-                f"logits, n = {self.n}",
-            ),
+            ("logit difference, clean", f"{self.clean:.3g}", f"logits, n = {self.n}"),
+            ("logit difference, corrupt", f"{self.corrupt:.3g}", f"logits, n = {self.n}"),
+            ("headroom", f"{self.headroom:.3g} ({low:.3g} to {high:.3g})", f"logits, n = {self.n}"),
         ]
-        frame = pd.DataFrame(
-            [(name, str(value), unit) for name, value, unit in rows], columns=["finding", "value", "unit"]
+        frame = pd.DataFrame(rows, columns=["finding", "value", "unit"])
+        caption = (
+            "What the validator found; headroom is the drop of the logit difference from clean to corrupt, with its "
+            "95 % paired bootstrap interval."
         )
-        caption = "What the validator found; headroom is the drop of the logit difference from clean to corrupt."
         return [Table(name="import_findings", frame=frame, kind="table", axes={}, unit="", caption=caption)]
 
 
@@ -142,189 +168,161 @@ def import_run(
     task = read_pairs(pairs, transformer.config, vocab)
     findings = examine(transformer, task)
     recipe = Recipe(
-        name="imported", task=task, model=transformer.config, train=None, shows=f"Imported from {Path(model).name}."
+        name="imported",
+        task=task,
+        model=transformer.config,
+        train=None,
+        shows=f"Imported from {Path(model).absolute().name}.",
     )
     _write(recipe, transformer, target)
-    return load(name, runs=runs_root(runs)), findings
+    run = load(name, runs=runs)
+    return run, replace(findings, provenance=run.provenance(run.checkpoint()))
 
 
 def read_model(reference: str) -> Transformer:
-    """The model that a person names, as `import_run` takes it."""
+    """The model that a person names, as `import_run` takes it, in float32.
+
+    Raises:
+        WorkbenchError: there is none, or it is not one that the workbench computes.
+    """
     path = Path(reference)
-    if path.is_dir():
-        return from_hugging_face(path)
-    if path.suffix in (".safetensors", ".pt", ".pth"):
-        return _from_files(path)
-    file, colon, function = reference.rpartition(":")
-    if not colon:
-        raise WorkbenchError(
-            f"{reference!r} is no model: give a .safetensors or .pt file with its .json config beside it, "
-            "a Hugging Face folder, or file.py:function."
-        )
-    make = getattr(import_file(Path(file)), function, None)
-    if not callable(make):
-        raise WorkbenchError(f"{file} has no function {function!r} that returns a model.")
-    made: Any = make()
-    if isinstance(made, Transformer):
-        return made
-    if type(made).__name__ != "TransformerBridge":
-        raise WorkbenchError(
-            f"{reference} returned a {type(made).__name__}; it must return a Transformer or a TransformerBridge. "
-            "Look into any other module in a notebook, through workbench.instrument.adapters.nnsight_model."
-        )
-    return from_bridge(made)
-
-
-def read_pairs(path: Path, config: ModelConfig, vocab: Path | None) -> Pairs:
-    """The pairs of a CSV or JSONL file, as the model reads them."""
-    words = _vocabulary(vocab, config)
-    rows = list(_rows(path))
-    if not rows:
-        raise WorkbenchError(f"{path} holds no pairs. Each line needs {', '.join(COLUMNS)}.")
-    encoded: dict[str, list[tuple[int, ...]]] = {column: [] for column in COLUMNS}
-    faults = []
-    for line, row in rows:
-        try:
-            tokens = {column: tuple(encode(row[column], words)) for column in COLUMNS}
-            _check_pair(tokens, config)
-        except WorkbenchError as error:
-            faults.append(f"line {line}: {error}")
-            continue
-        for column in COLUMNS:
-            encoded[column].append(tokens[column])
-    if faults:
-        more = f" And {len(faults) - NAMED} more." if len(faults) > NAMED else ""
-        raise WorkbenchError(f"{path}: {len(faults)} of {len(rows)} pairs are faulty. {' '.join(faults[:NAMED])}{more}")
-    return Pairs(
-        vocab=words,
-        clean=tuple(encoded["clean"]),
-        corrupt=tuple(encoded["corrupt"]),
-        answer=tuple(answer[0] for answer in encoded["answer"]),
-        distractor=tuple(distractor[0] for distractor in encoded["distractor"]),
-        pad_token=config.pad_token,
-    )
+    with _foreign(reference):
+        if path.is_dir():
+            made = from_hugging_face(path)
+        elif path.suffix.lower() in WEIGHTS:
+            made = _from_files(path)
+        else:
+            made = _from_function(reference)
+    return _rebuilt(made.config, made.state_dict())
 
 
 def examine(model: Transformer, task: Pairs) -> Findings:
     """Length, alignment and headroom of the pairs on this model.
 
     Raises:
-        WorkbenchError: no pair has headroom.
+        WorkbenchError: no pair has headroom, or the model's logits are no numbers.
     """
-    batch = task.contrast(task.examples("test"))
+    batch = task.contrast(task.examples(task.splits[0]))
     if len(batch) == 0:
         raise WorkbenchError("Every pair has the same answer and distractor: there is nothing that a patch could move.")
     corrupt, _ = batch.pairs()
-    difference = metric("logit_difference")
-    logits = {
-        name: run_model(model, tokens).logits[batch.read]
-        for name, tokens in (("clean", batch.tokens), ("corrupt", corrupt))
-    }
-    drop = difference(logits["clean"], batch) - difference(logits["corrupt"], batch)
+    clean_difference, accuracy = _measured(model, batch)
+    corrupt_difference, _ = _measured(model, replace(batch, tokens=corrupt))
+    drop = clean_difference - corrupt_difference
+    if not drop.isfinite().all():
+        raise WorkbenchError("The model's logits on these prompts are not finite numbers. Check its weights.")
     low, high = paired_bootstrap(drop)
     differing = (batch.tokens != corrupt).sum(1)
-    lengths = [len(prompt) for prompt in task.clean]
+    lengths = batch.read.int().argmax(1) + 1
     return Findings(
         pairs=len(task.clean),
         dropped=batch.dropped,
-        length=(min(lengths), max(lengths)),
-        differing=(int(differing.min()), float(differing.double().median()), int(differing.max())),
-        accuracy=float(_accuracy(logits["clean"], batch)),
+        n=len(batch),
+        length=(int(lengths.min()), int(lengths.max())),
+        differing=(int(differing.min()), float(differing.double().quantile(0.5)), int(differing.max())),
+        accuracy=float(accuracy.mean()),
+        clean=float(clean_difference.mean()),
+        corrupt=float(corrupt_difference.mean()),
         headroom=float(drop.mean()),
         headroom_interval=(float(low), float(high)),
-        n=len(batch),
         provenance=model.provenance,
     )
 
 
-def _accuracy(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return metric("accuracy")(logits, batch).mean()
+def _measured(model: Transformer, batch: Batch) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Logit difference of answer and distractor, and whether the answer is the top token, at each prompt."""
+    rows = max(1, LOGITS // (batch.tokens.shape[1] * model.config.d_vocab_out))
+    parts = [batch.select(slice(first, first + rows)) for first in range(0, len(batch), rows)]
+    logits = torch.cat([run_model(model, part.tokens).logits[part.read] for part in parts])
+    return metric("logit_difference")(logits, batch).double(), metric("accuracy")(logits, batch).double()
+
+
+@contextmanager
+def _foreign(reference: str) -> Iterator[None]:
+    """Turn what other people's files and functions raise into the user's error."""
+    try:
+        yield
+    except WorkbenchError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or "no reason given"
+        raise WorkbenchError(f"Cannot make a model of {reference}: {type(error).__name__}: {reason}") from error
 
 
 def _from_files(path: Path) -> Transformer:
-    config = read_json(path.with_suffix(".json"))
-    state = load_state_dict(path)
-    if "n_layers" in config and "act_fn" in config:
-        return from_hooked_transformer(state, config)
-    try:
-        model = Transformer(ModelConfig(**_tuples(config)), generator=None)
-        model.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
-        raise WorkbenchError(f"{path} and its config do not make a model of the workbench: {error}") from error
-    return model.eval()
-
-
-def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-
-
-def _vocabulary(path: Path | None, config: ModelConfig) -> tuple[str, ...]:
-    if path is None:
-        return tuple(map(str, range(config.d_vocab)))
-    words = tuple(_text(path).split())
-    if len(words) != config.d_vocab or len(set(words)) != len(words):
+    if not path.is_file():
+        raise WorkbenchError(f"No model file {str(path)!r}. Name one that ends in {', '.join(WEIGHTS)}.")
+    config_file = path.with_suffix(".json")
+    if not config_file.is_file():
         raise WorkbenchError(
-            f"{path} has {len(words)} tokens, {len(set(words))} of them different; the model has {config.d_vocab}. "
-            "Give one token a line, in the order of their ids."
+            f"{path} needs its config beside it in {config_file.name}: the fields of the workbench's ModelConfig, "
+            "or a HookedTransformer's cfg.to_dict()."
         )
-    return words
+    config, state = read_json(config_file), load_state_dict(path)
+    blocks = {name.partition(".")[0] for name in state} & {"weights", "blocks"}
+    if blocks == {"blocks"}:
+        return from_hooked_transformer(state, config)
+    if blocks != {"weights"}:
+        raise WorkbenchError(
+            f"{path} holds {', '.join(sorted(state)[:3]) or 'nothing'}, …: neither the workbench's names (weights.0.…) "
+            "nor a HookedTransformer's (blocks.0.…)."
+        )
+    kinds = get_type_hints(ModelConfig)
+    if unknown := sorted(set(config) - set(kinds)):
+        raise WorkbenchError(f"{config_file} is not a ModelConfig: unknown {', '.join(unknown)}.")
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    if wrong := [f"{key}={value!r}" for key, value in values.items() if not is_bearable(value, kinds[key])]:
+        raise WorkbenchError(f"{config_file} is not a ModelConfig: {', '.join(wrong)} is not of its kind.")
+    return _rebuilt(ModelConfig(**values), state)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and columns of each pair."""
-    text = _text(path)
-    if path.suffix == ".jsonl":
-        for line, content in enumerate(text.splitlines(), start=1):
-            if content.strip():
-                try:
-                    row = json.loads(content)
-                except ValueError as error:
-                    raise WorkbenchError(f"{path}, line {line} is not JSON: {error}.") from error
-                yield line, _checked_columns(path, row)
-    elif path.suffix == ".csv":
-        for line, row in enumerate(csv.DictReader(text.splitlines()), start=2):
-            yield line, _checked_columns(path, row)
-    else:
-        raise WorkbenchError(f"Pairs come as .csv or .jsonl, got {path.name!r}.")
+def _from_function(reference: str) -> Transformer:
+    file, colon, function = reference.rpartition(":")
+    if not colon:
+        raise WorkbenchError(
+            f"{reference!r} is no model: give a file ({', '.join(WEIGHTS)}) with its .json config beside it, "
+            "a Hugging Face folder, or file.py:function."
+        )
+    make = getattr(import_file(Path(file)), function, None)
+    if not callable(make):
+        raise WorkbenchError(f"{file} has no function {function!r} that returns a model.")
+    made: Any = make()
+    # Looked up by name: importing TransformerLens to ask takes seconds, and who returns a bridge has imported it.
+    if any(cls.__name__ == "TransformerBridge" for cls in type(made).__mro__):
+        return from_bridge(made)
+    # A subclass may compute something else, and the run is rebuilt from weights and config alone.
+    if type(made) is not Transformer:
+        raise WorkbenchError(
+            f"{reference} returned a {type(made).__name__}; it must return a Transformer or a TransformerBridge. "
+            "Look into any other module in a notebook, through workbench.instrument.adapters.nnsight_model."
+        )
+    return made
 
 
-def _checked_columns(path: Path, row: object) -> dict[str, str]:
-    if not isinstance(row, Mapping) or any(row.get(column) is None for column in COLUMNS):
-        missing = [column for column in COLUMNS if not isinstance(row, Mapping) or row.get(column) is None]
-        raise WorkbenchError(f"{path} lacks {', '.join(missing)}. Each line needs {', '.join(COLUMNS)}.")
-    return {column: str(row[column]) for column in COLUMNS}
-
-
-def _check_pair(tokens: Mapping[str, Sequence[int]], config: ModelConfig) -> None:
-    clean, corrupt = tokens["clean"], tokens["corrupt"]
-    if len(clean) != len(corrupt):
-        raise WorkbenchError(f"clean has {len(clean)} tokens and corrupt {len(corrupt)}; they must align one to one.")
-    if len(clean) > config.n_ctx:
-        raise WorkbenchError(f"{len(clean)} tokens are more than the model reads ({config.n_ctx}).")
-    if clean == corrupt:
-        raise WorkbenchError("clean and corrupt are the same prompt.")
-    for column in ("answer", "distractor"):
-        if len(tokens[column]) != 1 or tokens[column][0] >= config.d_vocab_out:
-            raise WorkbenchError(f"{column} must be one token that the model predicts (0 to {config.d_vocab_out - 1}).")
-
-
-def _text(path: Path) -> str:
+def _rebuilt(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:
+    """A model of its own with these weights in float32: what a checkpoint of it will hold."""
+    # No memory and no random number is spent on weights that are replaced at once.
+    with torch.device("meta"):
+        model = Transformer(config, generator=None)
+    owned = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise WorkbenchError(f"Cannot read {path}: {error}.") from error
+        model.load_state_dict(owned, assign=True)
+    except RuntimeError as error:
+        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise WorkbenchError(f"The weights do not fit the config: {reasons}") from error
+    return model.eval()
 
 
 def _write(recipe: Recipe, model: Transformer, target: Path) -> None:
     """The run, written beside its place and moved there whole."""
-    staging = RunFolder(path=target.parent / f".importing-{target.name}", reference=target.name)
+    staging = target.parent / f".importing-{target.name}-{secrets.token_hex(4)}"
+    folder = RunFolder(path=staging, reference=target.name)
     with writing(target):
-        shutil.rmtree(staging.path, ignore_errors=True)
-        staging.path.mkdir(parents=True)
         try:
-            save_checkpoint(staging, 0, model.state_dict(), ["imported"], dtype=torch.float32)
-            write_json(staging.path / STATUS, {"finished": True, "reason": "imported", "seconds": 0.0})
-            write_json(staging.path / "recipe.json", recipe.to_json())
-            staging.path.rename(target)
+            staging.mkdir(parents=True)
+            save_checkpoint(folder, 0, model.state_dict(), ["imported"], dtype=torch.float32)
+            write_json(staging / STATUS, {"finished": True, "reason": "imported", "seconds": None})
+            write_json(staging / "recipe.json", {**recipe.to_json(), "imported_with": code_version()})
+            staging.rename(target)
         finally:
-            shutil.rmtree(staging.path, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)

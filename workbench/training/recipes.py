@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -60,12 +61,13 @@ class TrainConfig:
                 raise WorkbenchError(f"{name} must be at least {low}, got {getattr(self, name)}.")
         if self.batch_size is not None and self.batch_size < 1:
             raise WorkbenchError(f"batch_size must be at least 1, or null for full batch, got {self.batch_size}.")
-        if self.learning_rate <= 0 or self.weight_decay < 0:
+        # So written that a NaN is refused too.
+        if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
             raise WorkbenchError(
                 "learning_rate must be above 0 and weight_decay at least 0, "
                 f"got {self.learning_rate} and {self.weight_decay}."
             )
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise WorkbenchError(f"clip_norm must be above 0, or null for none, got {self.clip_norm}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise WorkbenchError(f"betas must lie in [0, 1), got {self.betas}.")
@@ -88,6 +90,11 @@ class Recipe:
     """Expected wall time on 2 cores, measured; None where nobody measured it."""
 
     def __post_init__(self) -> None:
+        if not (dataclasses.is_dataclass(self.task) and isinstance(self.task, Task)):
+            raise WorkbenchError(
+                f"Recipe {self.name!r}: its task, a {type(self.task).__name__}, must be a frozen dataclass with all "
+                "that workbench.tasks.base.Task asks for."
+            )
         if self.model.d_vocab != len(self.task.vocab):
             raise WorkbenchError(
                 f"Recipe {self.name!r}: the task has {len(self.task.vocab)} tokens, the model {self.model.d_vocab}. "
@@ -100,11 +107,12 @@ class Recipe:
             )
 
     def with_seed(self, seed: int) -> Recipe:
-        """The recipe with one seed for world, initial weights and batches."""
+        """The recipe with one seed for world (where the task draws one), initial weights and batches."""
         if seed < 0:
             raise WorkbenchError(f"A seed must be at least 0, got {seed}.")
         train = None if self.train is None else replace(self.train, init_seed=seed, batch_seed=seed)
-        return replace(self, task=_replace_fields(self.task, {"seed": seed}), train=train)
+        world = {"seed": seed} if "seed" in _hints(self.task) else {}
+        return replace(self, task=_replace_fields(self.task, world), train=train)
 
     def override(self, settings: Sequence[str]) -> Recipe:
         """The recipe with `key=value` settings, such as `train.steps=500` or just `p=59`.
@@ -159,7 +167,7 @@ class Recipe:
                 shows=content["shows"],
                 minutes=content["minutes"],
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise WorkbenchError(f"This is not a recipe that this version reads: {error}.") from error
 
     def _find_field(self, key: str) -> tuple[str, dataclasses.Field[Any]]:
@@ -236,7 +244,13 @@ def find_recipe(name: str) -> Recipe:
     make = getattr(import_file(Path(file)), function, None)
     if not callable(make):
         raise WorkbenchError(f"{file} has no function {function!r} that returns a recipe.")
-    recipe = make()
+    try:
+        recipe = make()
+    except WorkbenchError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise WorkbenchError(f"{name} failed: {type(error).__name__}: {reason}") from error
     if not isinstance(recipe, Recipe):
         raise WorkbenchError(f"{name} returned a {type(recipe).__name__}; it must return a workbench Recipe.")
     return recipe

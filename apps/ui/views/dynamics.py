@@ -57,10 +57,10 @@ def page() -> None:
         final, lacking = None, str(error)
         state.missing(f"{lacking} Curves and patch maps below apply to every run.")
     above = st.container()
-    step, pinned = _choose_checkpoints(steps)
+    step, pinned = _choose_checkpoints(run, steps)
     with above:
         _curves(run, final, step, steps)
-    shown = [run.checkpoint(each) for each in ([step] if pinned is None else [pinned, step])]
+    shown = [run.checkpoint(each) for each in ([step] if pinned in (None, step) else [pinned, step])]
     _landing(run, step)
     frequency = None if final is None else _replay(run, shown, final)
     _maps(run, shown)
@@ -82,13 +82,13 @@ def spectrum_of(result: FourierResult, which: str) -> np.ndarray:
     return np.array([owners.get(frequency, 0) for frequency in range(1, len(result.embedding_norm) + 1)], dtype=float)
 
 
-def _choose_checkpoints(steps: Sequence[int]) -> tuple[int, int | None]:
+def _choose_checkpoints(run: Run, steps: Sequence[int]) -> tuple[int, int | None]:
     """The checkpoint that is looked at, and the pinned one beside it."""
     if len(steps) == 1:
-        st.caption(f"One checkpoint, at step {steps[0]}.")
-        return steps[0], None
+        return state.choose_step(run), None
     left, right, button = st.columns([6, 2, 1], vertical_alignment="bottom")
-    step = left.select_slider("Checkpoint (step)", steps, value=steps[-1], key="step", bind="query-params")
+    with left:
+        step = state.choose_step(run)
     pinned = right.selectbox("Pinned beside it", steps, index=None, placeholder="none", key="pin", bind="query-params")
     button.button("Pin", on_click=lambda: st.session_state.update(pin=step), width="stretch", help="Pin this one")
     return step, pinned

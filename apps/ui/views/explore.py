@@ -35,7 +35,8 @@ def page() -> None:
     """The page."""
     st.title("Explore")
     run = state.choose_run()
-    step = _choose_step(run)
+    with st.sidebar:
+        step = state.choose_step(run)
     _forget_other_runs(run)
     clean, corrupt = _choose_prompts(run)
     asked = Asked(reference=run.reference, step=step, sha256=run.checkpoint(step).sha256, clean=clean, corrupt=corrupt)
@@ -94,15 +95,6 @@ swapped = swap(model, pair, Cell(site=site, position={cell.position}), base={bas
 for result in (patches, lens, attribution, reading, swapped):
     print(result.summary())
 """
-
-
-def _choose_step(run: Run) -> int:
-    steps = [checkpoint.step for checkpoint in run.checkpoints]
-    last = run.checkpoint().step
-    if len(steps) == 1:
-        return last
-    with st.sidebar:
-        return st.select_slider("Checkpoint (step)", steps, value=last, key="step", bind="query-params")
 
 
 def _forget_other_runs(run: Run) -> None:

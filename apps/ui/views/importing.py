@@ -26,6 +26,8 @@ are what should follow `clean` and `corrupt`:
     clean,corrupt,answer,distractor
     3 5 13,3 7 13,8,10
 """
+NEXT_RUN = "next_run"
+"""Where the run lies that the page chooses when it runs again."""
 SOURCES = ("Upload files", "A path on this machine")
 
 
@@ -56,7 +58,7 @@ def importing() -> None:
             "Pairs (CSV or JSONL: clean, corrupt, answer, distractor)", ["csv", "jsonl"], key="pairs_file"
         )
         vocab = st.file_uploader("Vocabulary (one token a line; without it prompts are token ids)", key="vocab_file")
-    default = free_name(_stem(files, path), run_names())
+    default = free_name(proposed_name(files, path), run_names())
     name = st.text_input("Name of the run", value=default, key=f"import_name:{default}") or ""
     ready = pairs is not None and (bool(files) or bool(path))
     if st.button("Import", type="primary", disabled=not ready, help="Needs a model and pairs."):
@@ -64,8 +66,9 @@ def importing() -> None:
         with state.user_errors_shown(), st.spinner("Reading, checking …"):
             with on_disk({"model": files, "pairs": [pairs], "vocab": [vocab] if vocab else []}) as saved:
                 model = path or str(model_file(saved["model"]))
-                st.session_state["imported"] = _import(model, saved, name)
-            # The sidebar shall know the new run.
+                st.session_state["imported"] = imported = _import(model, saved, name)
+            # Once more from the top, where the new run can be chosen in the sidebar.
+            st.session_state[NEXT_RUN] = imported["run"]
             st.rerun()
     if "imported" in st.session_state:
         _findings(st.session_state["imported"])
@@ -153,7 +156,8 @@ def on_disk(uploads: Mapping[str, Sequence[Upload]]) -> Iterator[dict[str, list[
             raise WorkbenchError(re.sub(rf"{re.escape(root)}/(?:\w+/)?", "", str(error))) from error
 
 
-def _stem(files: Sequence[Upload], path: str) -> str:
+def proposed_name(files: Sequence[Upload], path: str) -> str:
+    """A name for the run, after the model's file."""
     names = [file.name for file in files if is_weights(file.name)]
     text = names[0] if names else path.rpartition(":")[0] or path
     stem = "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in Path(text).stem).strip("-_")

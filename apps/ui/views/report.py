@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import streamlit as st
+from streamlit.components.v2.types import ComponentRenderer
 
 from apps.report import PAGE
 from apps.ui import jobs, state
@@ -19,9 +20,23 @@ from workbench.training.checkpoints import Run
 
 REPORTS = ".reports"
 WATCH_SECONDS = 2
+PREVIEW_HEIGHT = 900
+PREVIEW = """
+export default function ({ parentElement, data }) {
+  let frame = parentElement.querySelector("iframe");
+  if (!frame) {
+    frame = document.createElement("iframe");
+    frame.sandbox = "allow-scripts";
+    frame.style = "box-sizing: border-box; width: 100%; height: 100%; border: 1px solid #d9dde2; border-radius: 8px";
+    parentElement.appendChild(frame);
+  }
+  frame.title = data.title;
+  if (frame.srcdoc !== data.page) frame.srcdoc = data.page;
+}
+"""
 HOLDS = """
 - **One page of HTML** that opens offline, with every figure and what it shows
-- every **figure** as HTML and SVG or PDF, every **table** as CSV and LaTeX
+- every **figure** as HTML and, with kaleido and a Chromium, as SVG; every **table** as CSV and LaTeX
 - **BibTeX** of the methods used
 - **manifest.json**: recipe, seeds, versions, hashes and commands; `workbench rerun` builds the report again from it
 """
@@ -83,7 +98,17 @@ def _built(run: Run, out: Path) -> None:
     with st.container(horizontal=True):
         st.download_button("Page (HTML)", (out / PAGE).read_bytes, f"{name}.html", "text/html", on_click="ignore")
         st.download_button("Everything (ZIP)", lambda: zipped(out), f"{name}.zip", "application/zip", on_click="ignore")
-    st.iframe(out / PAGE, height=900, alt=f"Report of {run.reference}")
+    page = (out / PAGE).read_text()
+    _preview()(key="preview", data={"page": page, "title": f"Report of {run.reference}"}, height=PREVIEW_HEIGHT)
+
+
+@st.cache_resource(show_spinner=False)
+def _preview() -> ComponentRenderer:
+    """A frame of its own for the report, which may run its scripts there and reach nothing outside.
+
+    Streamlit's own frame would give it the rights of this app.
+    """
+    return st.components.v2.component("report_preview", js=PREVIEW)
 
 
 def report_folder(run: Run) -> Path:

@@ -11,7 +11,7 @@ import streamlit as st
 from apps.commands import list_runs
 from apps.ui import state
 from apps.ui.links import link_to
-from apps.ui.views.importing import importing
+from apps.ui.views.importing import NEXT_RUN, importing
 from workbench.figures import figure
 from workbench.runtime import WorkbenchError
 from workbench.store import read_json
@@ -39,6 +39,8 @@ def page() -> None:
     """The page."""
     st.title("Runs")
     overview, entrance = st.tabs(["Runs", "Import"], key="tab", bind="query-params")
+    if NEXT_RUN in st.session_state:
+        st.session_state["run"] = st.session_state.pop(NEXT_RUN)
     # The sidebar's choice is drawn under either tab: a widget that is left out forgets what was chosen.
     run = state.choose_run() if state.references() else None
     if entrance.open:
@@ -114,7 +116,7 @@ def _numbers(run: Run) -> None:
         "Generalised at": step_text(run.log.step_generalised),
     }
     # A row that wraps: in columns a narrow window would cut the numbers off.
-    with st.container(horizontal=True, gap="large"):
+    with st.container(horizontal=True, gap="medium"):
         for name, value in shown.items():
             st.metric(name, value, width="content")
 

@@ -153,7 +153,7 @@ def _job(job: Job, *, is_newest: bool, is_shown: bool) -> None:
     title, numbers, buttons = st.columns([3, 4, 3])
     with title:
         st.markdown(f"**{job.subject}** :{BADGES[status]}-badge[{status}]")
-        st.caption(f"`{job.arguments[1]}` · {clock(job.seconds)}")
+        st.caption(f"`{job.arguments[1]}`  \n{clock(job.seconds)}")
     with numbers:
         if is_newest:
             _progress(status, run, progress)
@@ -223,7 +223,8 @@ def _show(job_id: str) -> None:
 def _curves(job: Job, run: Run) -> None:
     for column, table in zip(st.columns(2), run.log.tables(), strict=True):
         drawn = with_landmarks(figure(table), run.log.landmarks())
-        drawn.update_layout(height=320)
+        # Two fit side by side into a narrow window if their titles are short.
+        drawn.update_layout(height=320, title_text=table.axes["y"].capitalize())
         column.plotly_chart(drawn, key=f"{table.name}:{job.id}", config={"displaylogo": False})
 
 
