@@ -26,7 +26,7 @@ from workbench.metrics import metric as find_metric
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 from workbench.tables import Table
-from workbench.tasks.base import Batch, check_choice
+from workbench.tasks.base import Batch
 
 Base = Literal["clean", "corrupt"]
 
@@ -122,7 +122,6 @@ def swap(
     Raises:
         WorkbenchError: no pairs, a place that the model lacks, or prompts that do not fit the pairs.
     """
-    check_choice("base run", base, ("clean", "corrupt"))
     measure = find_metric(metric)
     prompts = {"clean": batch.tokens, "corrupt": batch.pairs()[0]}
     other = prompts["corrupt" if base == "clean" else "clean"]
@@ -153,7 +152,6 @@ def swap(
 
 def _source(model: Instrumented, batch: Batch, cell: Cell, source: str | Tensor, reference: Trace) -> Source:
     if isinstance(source, str):
-        check_choice("source", source, ("counterfactual", "zero"))
         return Zero() if source == "zero" else FromTrace(reference)
     if source.shape[1:] != batch.tokens.shape[1:] or len(source) not in (1, len(batch)):
         raise WorkbenchError(

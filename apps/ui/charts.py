@@ -15,7 +15,7 @@ import html
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -203,8 +203,7 @@ def clickable(figure: go.Figure) -> go.Figure:
     """A copy whose lines can be clicked: plotly selects points only, so each line gets points that nobody sees."""
     copy = go.Figure(figure)
     unseen = {"marker": {"opacity": 0}}
-    lines: Iterable[Any] = copy.select_traces({"type": "scatter"})
-    for trace in lines:
+    for trace in cast(Iterable[Any], copy.select_traces({"type": "scatter"})):
         if (trace.mode or "lines") == "lines" and trace.hoverinfo != "skip":
             trace.update(mode="lines+markers", marker_opacity=0, selected=unseen, unselected=unseen)
     return copy.update_layout(hovermode="x", hoverdistance=-1, clickmode="event+select")

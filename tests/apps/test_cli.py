@@ -207,7 +207,7 @@ def test_all_checkpoints(runs: Path, answer: Callable[..., dict[str, Any]]) -> N
 def test_import(runs: Path, brought: Path, answer: Callable[..., dict[str, Any]]) -> None:
     found = answer("import", str(brought / "model.safetensors"), "--pairs", str(brought / "pairs.csv"), runs=runs)
     assert (found["run"], found["pairs"], found["dropped"]) == ("model", 2, 0)
-    patched = answer("patch", "model", "--n", "2", "--split", "all", "--sites", "resid_pre", runs=runs)
+    patched = answer("patch", "model", "--n", "2", "--sites", "resid_pre", runs=runs)
     assert patched["n"] == 2
 
 
@@ -331,7 +331,7 @@ def test_a_foreign_recipe_file(content: bytes, runs: Path, refusal: Callable[...
         pytest.param({"model.safetensors": b"\x89PNG not weights"}, "model.safetensors", id="foreign weights"),
         pytest.param({"model.safetensors": b""}, "model.safetensors", id="empty weights"),
         pytest.param({"model.json": None}, "model.json", id="no config"),
-        pytest.param({"model.json": b'{"n_layers": 1}'}, "config", id="foreign config"),
+        pytest.param({"model.json": b'{"n_layers": 1}'}, "d_model", id="foreign config"),
         pytest.param({"pairs.csv": None}, "pairs.csv", id="no pairs"),
         pytest.param({"pairs.csv": b""}, "pairs.csv", id="empty pairs"),
         pytest.param({"pairs.csv": b"a,b\n1,2\n"}, "clean, corrupt, answer, distractor", id="foreign columns"),

@@ -46,6 +46,8 @@ def test_positions_carry_their_tokens() -> None:
     assert position_names(Modular(p=5), [3, 4, 5]) == ("a=3", "b=4", "=")
     own = Pairs(vocab=("x", "y"), clean=((0, 1),), corrupt=((1, 1),), answer=(0,), distractor=(1,))
     assert position_names(own, [1]) == ("t0=y",)
+    # Longer than any of the task's own prompts.
+    assert position_names(own, [1, 1, 0]) == ("t0=y", "t1=y", "t2=x")
 
 
 def test_only_kinds_that_the_model_has_are_offered(run: Run) -> None:

@@ -29,17 +29,38 @@ def test_is_a_task():
     assert isinstance(Modular(), Task)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_answer(operation):
-    task = Modular(operation=operation, p=7, train_fraction=0.5)
+def check_answers(task):
     batch = task.examples("all")
-    assert len(batch) == (42 if operation == "div" else 49)
+    assert len(batch) == (42 if task.operation == "div" else 49)
     for (a, b, equals), targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
         assert equals == 7
-        assert targets[2] == by_hand(operation, a, b, 7)
+        assert targets[2] == by_hand(task.operation, a, b, 7)
+    return batch
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_answer(operation):
+    batch = check_answers(Modular(operation=operation, p=7, train_fraction=0.5))
     assert batch.read.sum(0).tolist() == [0, 0, len(batch)]
     assert torch.equal(batch.latents["answer"].value, batch.targets[:, 2])
     assert torch.equal(batch.latents["b"].value, batch.tokens[:, batch.latents["b"].position])
+
+
+class Swapped(Modular):
+    """Operands the wrong way round: right for what commutes, wrong for the rest."""
+
+    def answer(self, a, b):
+        return super().answer(b, a)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_check_of_answers_can_fail(operation):
+    task = Swapped(operation=operation, p=7, train_fraction=0.5)
+    if operation in ("add", "mul"):
+        check_answers(task)
+    else:
+        with pytest.raises(AssertionError):
+            check_answers(task)
 
 
 @given(

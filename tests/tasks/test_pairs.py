@@ -61,7 +61,7 @@ def test_shorter_prompts_are_padded_on_the_right_and_read_at_their_own_end():
     assert batch.latents == {}
 
 
-def test_every_counterfactual_of_a_repeated_prompt_is_used():
+def check_repeated_prompts():
     repeated = task(
         clean=((1, 2), (1, 2), (1, 2)), corrupt=((1, 3), (1, 4), (3, 2)), answer=(3, 3, 2), distractor=(4, 1, 1)
     )
@@ -70,6 +70,20 @@ def test_every_counterfactual_of_a_repeated_prompt_is_used():
     assert batch.distractor[:, 1].tolist() == [4, 1, 1]
     # The third stands for the same prompt with another answer, and only for that.
     assert repeated.contrast(batch.select(slice(2, 3))).corrupt.tolist() == [[3, 2]]
+
+
+def test_every_counterfactual_of_a_repeated_prompt_is_used():
+    check_repeated_prompts()
+
+
+def test_the_check_of_repeated_prompts_can_fail(monkeypatch):
+    def always_the_last(self, batch):
+        last = {prompt: row for row, prompt in enumerate(self.clean)}
+        return [last[tuple(prompt)] for prompt in batch.tokens.tolist()]
+
+    monkeypatch.setattr(Pairs, "_rows_of", always_the_last)
+    with pytest.raises(AssertionError):
+        check_repeated_prompts()
 
 
 tokens = st.integers(1, 4)

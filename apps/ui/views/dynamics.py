@@ -86,10 +86,10 @@ def _choose_checkpoints(run: Run, steps: Sequence[int]) -> tuple[int, int | None
     """The checkpoint that is looked at, and the pinned one beside it."""
     if len(steps) == 1:
         return state.choose_step(run), None
-    left, right, button = st.columns([6, 2, 1], vertical_alignment="bottom")
+    left, right, button = st.columns([5, 2, 1.4], vertical_alignment="bottom")
     with left:
         step = state.choose_step(run)
-    pinned = right.selectbox("Pinned beside it", steps, index=None, placeholder="none", key="pin", bind="query-params")
+    pinned = right.selectbox("Pinned", steps, index=None, placeholder="none", key="pin", bind="query-params")
     button.button("Pin", on_click=lambda: st.session_state.update(pin=step), width="stretch", help="Pin this one")
     return step, pinned
 
@@ -140,10 +140,11 @@ def _landing(run: Run, step: int) -> None:
     if not run.log.rows:
         return
     row = max((row for row in run.log.rows if row["step"] <= step), key=lambda row: row["step"])
-    columns = st.columns(4)
-    for column, name in zip(columns, ("train_loss", "test_loss", "train_accuracy", "test_accuracy"), strict=True):
-        value = f"{row[name]:.1%}" if name.endswith("accuracy") else f"{row[name]:.3g}"
-        column.metric(name.replace("_", " ").capitalize(), value)
+    # A row that wraps: in columns the numbers would be cut off on a narrow screen.
+    with st.container(horizontal=True, gap="medium"):
+        for name in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
+            value = f"{row[name]:.1%}" if name.endswith("accuracy") else f"{row[name]:.3g}"
+            st.metric(name.replace("_", " ").capitalize(), value, width="content")
 
 
 def _replay(run: Run, shown: Sequence[Checkpoint], final: FourierResult) -> int:

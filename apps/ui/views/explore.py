@@ -108,7 +108,7 @@ def _forget_other_runs(run: Run) -> None:
 def _choose_prompts(run: Run) -> tuple[str, str]:
     task = run.task
     first = _example(task, state.unseen_split(run), 0)
-    left, right, examples = st.columns([4, 4, 2], vertical_alignment="bottom")
+    left, right, examples = st.columns([4, 4, 2.6], vertical_alignment="bottom")
     clean = left.text_input("Prompt", first, key="prompt", bind="query-params")
     known = {"clean": clean or first}
     try:
@@ -129,8 +129,9 @@ def _offer_examples(run: Run) -> None:
     index = st.number_input("Example", 0, count - 1, 0, help=f"{count} examples, counted from 0")
 
     def take() -> None:
-        text = _example(task, split, index)
-        st.session_state.update(prompt=text, counterfactual=_contrasted(task, text, None, 0))
+        with state.user_errors_shown():
+            text = _example(task, split, index)
+            st.session_state.update(prompt=text, counterfactual=_contrasted(task, text, None, 0))
 
     st.button("Take this example", on_click=take, width="stretch", type="primary")
     for kind in task.contrasts:
