@@ -184,14 +184,16 @@ def _frequency(run: Run, checkpoint: Checkpoint, result: FourierResult, frequenc
     st.subheader(f"Frequency {frequency} at step {checkpoint.step}")
     if st.toggle(f"Ablate frequency {frequency}", key="ablate", bind="query-params"):
         losses = _ablated(run.reference, checkpoint.step, checkpoint.sha256, frequency)
-        for column, split in zip(st.columns(4), ("train", "test"), strict=False):
-            before, after = losses[f"{split}_loss"], losses[f"{split}_loss_ablated"]
-            column.metric(
-                f"{split.capitalize()} loss without it",
-                f"{after:.3g}",
-                delta=f"{after - before:+.3g} from {before:.3g}",
-                delta_color="inverse",
-            )
+        with st.container(horizontal=True, gap="medium"):
+            for split in ("train", "test"):
+                before, after = losses[f"{split}_loss"], losses[f"{split}_loss_ablated"]
+                st.metric(
+                    f"{split.capitalize()} loss without it",
+                    f"{after:.3g}",
+                    delta=f"{after - before:+.3g} from {before:.3g}",
+                    delta_color="inverse",
+                    width="content",
+                )
     st.caption(f"Ablating takes cos and sin of w(a+b) at frequency {frequency} out of this checkpoint's logits.")
     _neurons(run, checkpoint, result, frequency)
 
