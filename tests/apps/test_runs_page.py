@@ -215,7 +215,7 @@ def test_two_runs_are_compared_and_the_link_says_so(runs_page: Page) -> None:
 def test_a_run_is_shown_in_full(runs_page: Page, small: Run) -> None:
     page = runs_page
     expect(page.get_by_text(small.recipe.shows)).to_be_visible()
-    expect(page.get_by_text("Generalised at")).to_be_visible()
+    expect(page.get_by_text("Generalised at", exact=True)).to_be_visible()
     for panel in ("Checkpoints", "Provenance", "Kept results"):
         page.get_by_role("tab", name=panel).click()
         expect(page).to_have_url(re.compile(f"panel={panel.replace(' ', '.')}"))

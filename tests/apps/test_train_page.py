@@ -156,7 +156,9 @@ def test_a_training_finishes_and_appears_in_runs(train_page: Page, playground: P
     fill(page, "Name of the run", "from-page")
     expect(page.get_by_text("Run 'from-page' exists.")).to_be_visible()
     expect(page.get_by_role("button", name="Start training")).to_be_disabled()
-    page.get_by_role("link", name="Runs").last.click()
+    settled(page)
+    page.get_by_test_id("stMain").get_by_role("link", name="Runs").click()
+    expect(page).to_have_url(re.compile(r"/\?run=from-page"))
     expect(page.get_by_role("heading", name="from-page")).to_be_visible()
     expect(page.get_by_text("steps used up").first).to_be_visible()
 
