@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 import hypothesis
 import pytest
@@ -17,6 +18,9 @@ os.environ.update(
     STREAMLIT_BROWSER_GATHER_USAGE_STATS="false",
     WANDB_MODE="disabled",
 )
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shapes and types are checked at every call, in the packages that hold tensors.
 install_import_hook(["workbench", "circuits", "probes"], "beartype.beartype")
