@@ -35,7 +35,7 @@ app: setup ## the workbench in the browser, on the gallery
 test: setup ## every test; the browser's run where a Chromium is on PATH
 	$(PYTEST) -n 2 --dist loadfile
 
-check: setup ## the fast tests, under a minute
+check: setup ## the fast tests, about a minute
 	$(PYTEST) -n 2 --dist loadfile -m "not slow and not browser"
 
 lint: setup ## format, style, types and the walls between the packages

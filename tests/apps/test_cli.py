@@ -21,6 +21,9 @@ from apps.cli import build_parser, main
 from workbench.runtime import WorkbenchError
 from workbench.training.checkpoints import load
 
+# TransformerLens, a browser's engine or whole commands are started here: seconds each.
+pytestmark = pytest.mark.slow
+
 WAIT = 120.0
 TINY = ["p=13", "d_model=16", "d_head=4", "d_mlp=32", "steps=300"]
 TINY_FLAGS = [flag for setting in TINY for flag in ("--set", setting)]

@@ -9,6 +9,9 @@ from safetensors.torch import save_file
 from apps.cli import main
 from workbench.models.transformer import ModelConfig, Transformer
 
+# TransformerLens, a browser's engine or whole commands are started here: seconds each.
+pytestmark = pytest.mark.slow
+
 CONFIG = ModelConfig(n_layers=1, d_model=8, n_heads=2, d_head=4, d_mlp=6, n_ctx=3, d_vocab=6, d_vocab_out=5)
 WORDS = ("zero", "one", "two", "three", "four", "=")
 

@@ -40,6 +40,9 @@ from workbench.training.checkpoints import Run, export, load, save_checkpoint
 from workbench.training.imports import import_run
 from workbench.training.recipes import modular, modular_smoke
 
+# TransformerLens, a browser's engine or whole commands are started here: seconds each.
+pytestmark = pytest.mark.slow
+
 SVG = b"<svg></svg>"
 
 

@@ -75,6 +75,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_batched_map_equals_a_loop_of_single_patches(name):
     options, drawn = VARIANTS[name]

@@ -18,6 +18,9 @@ from workbench.models.bridges import from_hugging_face, to_bridge
 from workbench.models.transformer import BIASES, ModelConfig, Transformer
 from workbench.runtime import WorkbenchError
 
+# TransformerLens, a browser's engine or whole commands are started here: seconds each.
+pytestmark = pytest.mark.slow
+
 SMALL = ModelConfig(n_layers=2, d_model=8, n_heads=2, d_head=3, d_mlp=10, n_ctx=5, d_vocab=7, d_vocab_out=6)
 CONFIGS = {
     "plain": SMALL,
