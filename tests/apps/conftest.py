@@ -18,7 +18,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sy
 
 from apps.analyses import measure
 from apps.ui import server as serving
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import generator
 from workbench.store import new_run, write_json
 from workbench.tasks.pairs import Pairs

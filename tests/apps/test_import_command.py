@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from apps.cli import main
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 
 # TransformerLens, a browser's engine or whole commands are started here: seconds each.
 pytestmark = pytest.mark.slow

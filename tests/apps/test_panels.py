@@ -6,7 +6,8 @@ import torch
 
 from apps.ui.panels import effect_grid, stacked
 from circuits.patching import patch_each
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.tables import Table
 from workbench.tasks.modular import Modular
 

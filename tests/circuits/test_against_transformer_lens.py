@@ -6,7 +6,8 @@ import torch
 from circuits.patching import patch_each
 from workbench.instrument.adapters import BridgeModel
 from workbench.models.bridges import to_bridge
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.tasks.modular import Modular
 
 TASK = Modular(p=11, train_fraction=0.5)

@@ -10,7 +10,8 @@ from workbench.instrument.passes import run
 from workbench.instrument.sites import select_sites
 from workbench.instrument.trace import FromTrace
 from workbench.metrics import metric
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Batch
 from workbench.tasks.modular import Modular

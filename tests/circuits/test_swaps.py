@@ -9,7 +9,8 @@ from circuits.patching import Cell, patch_each
 from circuits.swaps import swap
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Site
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Batch
 from workbench.tasks.modular import Modular

@@ -15,7 +15,8 @@ from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site, SiteKind
 from workbench.instrument.trace import FromTrace, Patch, Trace, Value, Zero
 from workbench.models.bridges import from_hugging_face, to_bridge
-from workbench.models.transformer import BIASES, ModelConfig, Transformer
+from workbench.models.config import BIASES, ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 
 # TransformerLens, a browser's engine or whole commands are started here: seconds each.

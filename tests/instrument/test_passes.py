@@ -4,7 +4,8 @@ import torch
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Site
 from workbench.instrument.trace import FromTrace, Mean, Patch, Value, Zero
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6], [0, 6, 1]])

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workbench.instrument.sites import Instrumented, Site, SiteKind, check_site, select_sites
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 
 numbers = st.tuples(st.sampled_from(list(SiteKind)), st.integers(0, 99), st.none() | st.integers(0, 9999))

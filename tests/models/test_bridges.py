@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.models.bridges import from_bridge, from_hooked_transformer, from_hugging_face, to_bridge
-from workbench.models.transformer import BIASES, ModelConfig, Transformer
+from workbench.models.config import BIASES, ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 
 # TransformerLens, a browser's engine or whole commands are started here: seconds each.

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from workbench.instrument.passes import run
 from workbench.models import fast
+from workbench.models.config import BIASES, ModelConfig
 from workbench.models.fast import ReadPlan, read_logits, read_neurons
-from workbench.models.transformer import BIASES, ModelConfig, Transformer
+from workbench.models.transformer import Transformer
 
 SMALL = ModelConfig(n_layers=1, d_model=6, n_heads=2, d_head=3, d_mlp=5, n_ctx=4, d_vocab=5, d_vocab_out=4)
 TOLERANCE = 1e-12

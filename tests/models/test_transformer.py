@@ -14,7 +14,8 @@ from torch import Tensor
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Shape, Site, SiteKind
 from workbench.instrument.trace import FromTrace, Patch
-from workbench.models.transformer import BIASES, ModelConfig, Past, Transformer
+from workbench.models.config import BIASES, ModelConfig
+from workbench.models.transformer import Past, Transformer
 from workbench.runtime import WorkbenchError
 
 SMALL = ModelConfig(n_layers=2, d_model=8, n_heads=2, d_head=3, d_mlp=10, n_ctx=5, d_vocab=7, d_vocab_out=6)

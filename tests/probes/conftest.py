@@ -10,7 +10,8 @@ from torch import Tensor
 
 from probes.modular import pair_grid
 from workbench.instrument.sites import Edit, Site
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.store import Provenance
 from workbench.tasks.modular import Modular
 

@@ -8,7 +8,8 @@ from probes.attribution import direct_logit_attribution
 from probes.places import NEURONS, read_place
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Site
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Batch
 from workbench.tasks.modular import Modular

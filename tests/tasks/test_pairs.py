@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workbench.models.transformer import ModelConfig
+from workbench.models.config import ModelConfig
 from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Task
 from workbench.tasks.pairs import Pairs

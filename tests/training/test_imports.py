@@ -19,7 +19,8 @@ from workbench.instrument.passes import run as run_model
 from workbench.instrument.sites import Site
 from workbench.instrument.trace import FromTrace, Patch
 from workbench.metrics import metric
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.store import run_names
 from workbench.training.checkpoints import load
@@ -264,7 +265,8 @@ def test_a_hugging_face_folder_without_all_weights_is_refused(tmp_path):
 
 FUNCTIONS = """
 import torch
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 
 
 def ours():

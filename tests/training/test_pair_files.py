@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from workbench.models.transformer import ModelConfig
+from workbench.models.config import ModelConfig
 from workbench.runtime import WorkbenchError
 from workbench.tasks.pairs import Pairs
 from workbench.training.pair_files import read_pairs

@@ -4,7 +4,8 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.tasks.pairs import Pairs
 from workbench.training.recipes import RECIPES, Recipe, TrainConfig, find_recipe

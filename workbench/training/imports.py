@@ -25,7 +25,8 @@ from workbench.instrument.passes import run as run_model
 from workbench.intervals import paired_bootstrap
 from workbench.metrics import metric
 from workbench.models.bridges import from_bridge, from_hooked_transformer, from_hugging_face
-from workbench.models.transformer import ModelConfig, Transformer
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, code_version
 from workbench.store import (
     Provenance,

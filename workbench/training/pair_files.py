@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from workbench.models.transformer import ModelConfig
+from workbench.models.config import ModelConfig
 from workbench.runtime import WorkbenchError
 from workbench.tasks.pairs import Pairs, encode, token_ids
 

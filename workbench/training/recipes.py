@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from beartype.door import is_bearable
 
-from workbench.models.transformer import ModelConfig
+from workbench.models.config import ModelConfig
 from workbench.runtime import WorkbenchError, nearest
 from workbench.store import digest
 from workbench.tasks.base import Task
