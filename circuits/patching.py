@@ -5,28 +5,30 @@ cell into the corrupted run: does it restore the answer? *Noising* puts the corr
 break it? Both effects are shares of the difference between the two runs: 0 is no effect, 1 is all of it. They need not
 agree: what suffices is not always what is needed, and the result says where they differ.
 
-All cells are computed together. Where the model allows it (`Resumable`), rows of the batch are cells, and each row
-begins at the layer and the position of its patch: what lies before is the cached run that is being patched.
+All cells are computed together. In the workbench's own transformer only what a patch can change is computed
+(`circuits.cone`); of any other model whole runs are, the cells stacked as rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.instrument.passes import Fired, check_tokens, patch_edits, run
-from workbench.instrument.sites import Edit, Instrumented, Site, SiteKind, select_sites
-from workbench.instrument.trace import FromTrace, Patch, Trace
+from circuits.cone import Cell as Cell
+from circuits.cone import Cone, Rows, cached_sites, in_cone, record_run, some_logits
+from workbench.instrument.passes import run
+from workbench.instrument.sites import Instrumented, Site, select_sites
+from workbench.instrument.trace import FromTrace, Trace
 from workbench.intervals import discoveries, ratio_bootstrap, sign_flip_pvalue
-from workbench.metrics import Metric
+from workbench.metrics import METRICS, Metric
 from workbench.metrics import metric as find_metric
-from workbench.models.transformer import Past
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 from workbench.tables import Table
@@ -34,51 +36,13 @@ from workbench.tasks.base import Batch
 
 Direction = Literal["denoise", "noise"]
 ROWS = 4096
-"""Rows of one forward pass: enough to keep the cores busy, few enough to stay in the cache of a laptop."""
+"""Rows of one whole forward pass: enough to keep the cores busy, few enough to stay in the cache of a laptop."""
+LOGITS = 2**25
+"""Logits held at a time while a metric looks at them."""
+PICKING = (METRICS["logit_difference"],)
+"""Metrics that look at the logits of the answer and the distractor alone, so that no others need be computed."""
 HEADROOM = 1e-6
 FALSE_DISCOVERY_RATE = 0.05
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
-    """One thing to patch."""
-
-    site: Site
-    position: int | None = None
-    dest: int | None = None
-    src: int | None = None
-
-    def patch(self, source: FromTrace, rows: Int[Tensor, " rows"]) -> Patch:
-        """The patch of this cell in these rows."""
-        positions = None if self.position is None else [self.position]
-        return Patch(site=self.site, source=source, rows=rows, positions=positions, dest=self.dest, src=self.src)
-
-    @property
-    def start(self) -> int:
-        """First position that the patch touches."""
-        position = self.position if self.dest is None else self.dest
-        assert position is not None
-        return position
-
-
-@runtime_checkable
-class Resumable(Protocol):
-    """A model that can go on from a cached residual stream, step by step."""
-
-    def advance(
-        self,
-        step: int,
-        x: Float[Tensor, "batch pos d_model"],
-        tokens: Int[Tensor, "batch full"],
-        edits: Mapping[Site, Edit],
-        past: Past | None = None,
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """One step, on the last positions; the earlier ones are in `past`."""
-        ...
-
-    def finish(self, x: Float[Tensor, "*rows d_model"], edits: Mapping[Site, Edit]) -> Float[Tensor, "*rows vocab"]:
-        """Logits of the rows given."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -197,12 +161,44 @@ class PatchMap:
         return "" if position is None else f"{position}: {self.position_labels[position]}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Judge:
+    """A metric at work on one batch."""
+
+    measure: Metric
+    batch: Batch
+    reference: Float[Tensor, "reads vocab"]
+    """Logits of the clean run at the reads."""
+
+    def of_run(self, trace: Trace) -> Float[Tensor, " batch"]:
+        """The metric of a run."""
+        return self.of(trace.logits[self.batch.read][None])[0]
+
+    def of(self, logits: Float[Tensor, "cell reads vocab"]) -> Float[Tensor, "cell batch"]:
+        """The metric from the logits at the reads."""
+        return torch.stack([self.measure(each, self.batch, self.reference).double() for each in logits])
+
+    @property
+    def picked(self) -> Int[Tensor, "reads 2"] | None:
+        """The tokens whose logits the metric looks at, if they are only those of the answer and the distractor."""
+        if not any(self.measure is each for each in PICKING) or self.batch.distractor is None:
+            return None
+        return torch.stack([self.batch.targets, self.batch.distractor], -1)[self.batch.read]
+
+    def of_picked(self, logits: Float[Tensor, "cell reads 2"]) -> Float[Tensor, "cell batch"]:
+        """The metric from the logits of the picked tokens alone."""
+        read = self.batch.read.repeat(len(logits), 1)
+        answer = torch.zeros_like(read, dtype=torch.long)
+        stacked = Batch(tokens=answer, targets=answer, read=read, corrupt=answer, distractor=answer + 1)
+        return self.measure(logits.flatten(0, 1), stacked).double().unflatten(0, (len(logits), -1))
+
+
 def patch_each(
     model: Instrumented,
     batch: Batch,
     *,
     sites: str | Iterable[str | Site],
-    metric: str = "logit_difference",
+    metric: str | Metric = "logit_difference",
     direction: Literal["denoise", "noise", "both"] = "both",
     position_labels: Sequence[str] | None = None,
     seed: int = 0,
@@ -216,7 +212,7 @@ def patch_each(
         model: any instrumented model.
         batch: pairs, as `task.sample` draws them.
         sites: as `select_sites` takes them.
-        metric: name of a metric; its direction is kept in the result.
+        metric: a metric or its name; its direction is kept in the result.
         direction: denoise, noise, or both from one call.
         position_labels: names of the positions, for axes.
         seed: of the bootstrap and the permutation test.
@@ -224,32 +220,20 @@ def patch_each(
     Raises:
         WorkbenchError: no pairs, an unknown site or metric, or no headroom: the metric is the same on both runs.
     """
-    corrupt_tokens, _ = batch.pairs()
     measure = find_metric(metric)
-    if len(batch) == 0:
-        raise WorkbenchError("Patching needs at least one pair; the batch is empty.")
     cells = _cells(select_sites(sites, model), model, batch)
-    wanted = {cell.site.whole for cell in cells} | set(_cache_sites(model))
-    traces = {
-        name: run(model, tokens, record=wanted)
-        for name, tokens in (("clean", batch.tokens), ("corrupt", corrupt_tokens))
-    }
-    values = {name: measure(trace.logits[batch.read], batch).double() for name, trace in traces.items()}
-    difference = values["clean"] - values["corrupt"]
-    if difference.mean().abs() < HEADROOM:
-        raise WorkbenchError(
-            f"No headroom: mean {metric} is {values['clean'].mean():.4g} on the clean run and "
-            f"{values['corrupt'].mean():.4g} on the corrupt one (n = {len(batch)}). "
-            "Choose pairs that the model tells apart."
-        )
+    runs = _both_runs(model, batch, cells)
+    judge = Judge(measure=measure, batch=batch, reference=runs["clean"].logits[batch.read])
+    values = {name: judge.of_run(trace) for name, trace in runs.items()}
+    difference = _headroom(values, measure)
     directions: tuple[Direction, ...] = ("denoise", "noise") if direction == "both" else (direction,)
     patched, changes = [], []
     for way in directions:
         base, other = ("corrupt", "clean") if way == "denoise" else ("clean", "corrupt")
-        after = _patched_metric(model, batch, cells, traces[base], traces[other], values[base], measure)
+        after = _patched_metric(model, cells, runs[base], runs[other], values[base], judge)
         patched.append(after.mean(0))
         # Both directions count what the patch carried over, as a share of the same difference.
-        changes.append(after - values[base][:, None] if way == "denoise" else values[base][:, None] - after)
+        changes.append((after - values[base][:, None]) * (1 if way == "denoise" else -1))
     low, high = zip(*(ratio_bootstrap(change, difference, seed=seed) for change in changes), strict=True)
     pvalues = torch.stack([sign_flip_pvalue(change, seed=seed) for change in changes])
     return PatchMap(
@@ -268,8 +252,48 @@ def patch_each(
         clean=float(values["clean"].mean()),
         corrupt=float(values["corrupt"].mean()),
         position_labels=tuple(position_labels or map(str, range(batch.tokens.shape[1]))),
-        provenance=replace(model.provenance, kernel="reference"),
+        provenance=replace(model.provenance, kernel="cone" if isinstance(model, Transformer) else "reference"),
     )
+
+
+def _both_runs(model: Instrumented, batch: Batch, cells: Sequence[Cell]) -> dict[str, Trace]:
+    """The clean and the corrupt run, with what patching between them needs."""
+    corrupt_tokens, _ = batch.pairs()
+    if len(batch) == 0:
+        raise WorkbenchError("Patching needs at least one pair; the batch is empty.")
+    wanted = {cell.site.whole for cell in cells}
+    tokens = torch.cat([batch.tokens, corrupt_tokens])
+    if isinstance(model, Transformer):
+        both = record_run(model, tokens, wanted | set(cached_sites(model)), batch.read.repeat(2, 1))
+    else:
+        both = run(model, tokens, record=wanted)
+    return {"clean": _part(both, slice(None, len(batch))), "corrupt": _part(both, slice(len(batch), None))}
+
+
+def _part(trace: Trace, rows: slice) -> Trace:
+    """Some rows of a trace."""
+    return replace(
+        trace,
+        tokens=trace.tokens[rows],
+        logits=trace.logits[rows],
+        activations={site: tensor[rows] for site, tensor in trace.activations.items()},
+    )
+
+
+def _headroom(values: Mapping[str, Float[Tensor, " batch"]], measure: Metric) -> Float[Tensor, " batch"]:
+    """How far apart the metric holds the two runs of each pair.
+
+    Raises:
+        WorkbenchError: on average it does not.
+    """
+    difference = values["clean"] - values["corrupt"]
+    if difference.mean().abs() < HEADROOM:
+        raise WorkbenchError(
+            f"No headroom: mean {measure.name} is {values['clean'].mean():.4g} on the clean run and "
+            f"{values['corrupt'].mean():.4g} on the corrupt one (n = {len(difference)}). "
+            "Choose pairs that the model tells apart."
+        )
+    return difference
 
 
 def _cells(sites: Sequence[Site], model: Instrumented, batch: Batch) -> tuple[Cell, ...]:
@@ -285,160 +309,55 @@ def _cells(sites: Sequence[Site], model: Instrumented, batch: Batch) -> tuple[Ce
     return tuple(cells)
 
 
-def _cache_sites(model: Instrumented) -> list[Site]:
-    """What resuming needs of the run that is patched: every step's input, keys and values."""
-    if not isinstance(model, Resumable):
-        return []
-    kinds = (SiteKind.resid_pre, SiteKind.k, SiteKind.v)
-    last = Site(kind=SiteKind.resid_post, layer=model.config.n_steps - 1)
-    return [last, *(Site(kind=kind, layer=layer) for layer in range(model.config.n_steps) for kind in kinds)]
-
-
 def _patched_metric(
     model: Instrumented,
-    batch: Batch,
     cells: Sequence[Cell],
     base: Trace,
     other: Trace,
     unpatched: Float[Tensor, " batch"],
-    metric: Metric,
+    judge: Judge,
 ) -> Float[Tensor, "batch cell"]:
     """The metric of each example after each cell's patch."""
-    check_tokens(base.tokens, model)
-    result = unpatched[:, None].repeat(1, len(cells))
-    per_pass = max(1, ROWS // len(batch))
-    for chosen in _groups(cells, model, per_pass):
-        group = [cells[index] for index in chosen]
-        logits = _stacked_logits(model, batch, group, base, other)
-        for index, of_cell in zip(chosen, logits, strict=True):
-            result[:, index] = metric(of_cell, batch).double()
-    return result
+    result = unpatched.repeat(len(cells), 1)
+    coned = [index for index, cell in enumerate(cells) if isinstance(model, Transformer) and in_cone(cell)]
+    if isinstance(model, Transformer) and coned:
+        for reached in Cone.of(model, base, other, judge.batch.read).reach([cells[index] for index in coned]):
+            for changed, values in _judge_reached(model, base, reached, judge):
+                result[torch.tensor(coned)[changed]] = values
+    plain = sorted(set(range(len(cells))) - set(coned))
+    per_pass = max(1, ROWS // len(judge.batch))
+    for first in range(0, len(plain), per_pass):
+        chosen = plain[first : first + per_pass]
+        result[chosen] = judge.of(_stacked_logits(model, [cells[index] for index in chosen], base, other, judge.batch))
+    return result.T
 
 
-def _groups(cells: Sequence[Cell], model: Instrumented, per_pass: int) -> Iterator[list[int]]:
-    """Cells that share a pass: at most `per_pass` of them, and, where the model resumes, with one first position."""
-    by_start: dict[int, list[int]] = {}
-    for index, cell in enumerate(cells):
-        by_start.setdefault(_start(cell, model), []).append(index)
-    for members in by_start.values():
-        for first in range(0, len(members), per_pass):
-            yield members[first : first + per_pass]
-
-
-def _start(cell: Cell, model: Instrumented) -> int:
-    return cell.start if isinstance(model, Resumable) and model.config.causal else 0
+def _judge_reached(
+    model: Transformer, base: Trace, reached: Rows, judge: Judge
+) -> Iterator[tuple[Int[Tensor, " cell"], Float[Tensor, "cell batch"]]]:
+    """Cells that reached a read, with the metric of each example; reads that were not reached are the base run's."""
+    read, picked = judge.batch.read, judge.picked
+    unpatched = base.logits[read] if picked is None else base.logits[read].gather(1, picked)
+    number = read.flatten().cumsum(0).reshape(read.shape) - 1
+    at = number[reached.example[reached.row], reached.position]
+    changed, cell = reached.cell[reached.row].unique(return_inverse=True)
+    per_pass = max(1, LOGITS // unpatched.numel())
+    for first in range(0, len(changed), per_pass):
+        rows = ((cell >= first) & (cell < first + per_pass)).nonzero()[:, 0]
+        x = reached.x[rows]
+        logits = unpatched.repeat(len(changed[first : first + per_pass]), 1, 1)
+        logits[cell[rows] - first, at[rows]] = (
+            model.finish(x, {}) if picked is None else some_logits(model, x, picked, at[rows])
+        )
+        yield changed[first : first + per_pass], judge.of(logits) if picked is None else judge.of_picked(logits)
 
 
 def _stacked_logits(
-    model: Instrumented, batch: Batch, cells: Sequence[Cell], base: Trace, other: Trace
-) -> Iterator[Float[Tensor, "reads vocab"]]:
-    """Logits at the reads after each cell's patch, the cells stacked as rows."""
-    if isinstance(model, Resumable):
-        yield from _resumed_logits(model, batch, cells, base, other)
-        return
+    model: Instrumented, cells: Sequence[Cell], base: Trace, other: Trace, batch: Batch
+) -> Float[Tensor, "cell reads vocab"]:
+    """Logits at the reads after each cell's patch: whole runs, the cells stacked as rows."""
     n = len(batch)
     every = torch.arange(n)
     patches = [cell.patch(FromTrace(other, every), every + row * n) for row, cell in enumerate(cells)]
     trace = run(model, base.tokens.repeat(len(cells), 1), patches=patches)
-    yield from trace.logits[batch.read.repeat(len(cells), 1)].chunk(len(cells))
-
-
-def _resumed_logits(
-    model: Resumable, batch: Batch, cells: Sequence[Cell], base: Trace, other: Trace
-) -> Iterator[Float[Tensor, "reads vocab"]]:
-    """As `_stacked_logits`, computing only layers and positions from each patch on."""
-    assert isinstance(model, Instrumented)
-    start, last = _start(cells[0], model), model.config.n_steps - 1
-    joins = [_joining_step(cell, last) for cell in cells]
-    order = sorted(range(len(cells)), key=lambda index: joins[index])
-    n = len(batch)
-    patches = [
-        cells[index].patch(FromTrace(other, torch.arange(n)), torch.arange(n) + row * n)
-        for row, index in enumerate(order)
-    ]
-    fired = Fired(patches)
-    x = base.logits.new_zeros(0, base.tokens.shape[1] - start, base["L0.resid_pre"].shape[-1])
-    with torch.no_grad():
-        for step in range(last + 1):
-            joining = [patch for patch, index in zip(patches, order, strict=True) if joins[index] == step]
-            fresh = base[Site(kind=SiteKind.resid_pre, layer=step)][:, start:].repeat(len(joining), 1, 1)
-            # A patch of the embedding is one of the stream that it is added to.
-            fresh = _patch_embeddings(fresh, joining, base, other, start, fired, offset=len(x))
-            x = torch.cat([x, fresh])
-            if len(x):
-                x = _advance(model, step, x, base, joining, start, fired)
-        logits = _finish(model, x, batch, patches, base, start, fired)
-    fired.confirm()
-    by_row = dict(zip(order, logits, strict=True))
-    yield from (by_row[index] for index in range(len(cells)))
-
-
-def _joining_step(cell: Cell, last: int) -> int:
-    """Step at which a cell's rows begin."""
-    if cell.site.layer is not None:
-        return cell.site.layer
-    return 0 if cell.site.kind in (SiteKind.embed, SiteKind.pos_embed) else last
-
-
-def _patch_embeddings(
-    fresh: Float[Tensor, "rows pos d_model"],
-    joining: Sequence[Patch],
-    base: Trace,
-    other: Trace,
-    start: int,
-    fired: Fired,
-    *,
-    offset: int,
-) -> Float[Tensor, "rows pos d_model"]:
-    for patch in joining:
-        if patch.site.kind in (SiteKind.embed, SiteKind.pos_embed):
-            assert patch.rows is not None
-            assert patch.positions is not None
-            change = other[patch.site] - base[patch.site]
-            for position in patch.positions:
-                fresh[patch.rows - offset, position - start] += change[:, position]
-            fired.note(patch, len(patch.rows) * fresh.shape[-1])
-    return fresh
-
-
-def _advance(
-    model: Resumable,
-    step: int,
-    x: Float[Tensor, "rows pos d_model"],
-    base: Trace,
-    joining: Sequence[Patch],
-    start: int,
-    fired: Fired,
-) -> Float[Tensor, "rows pos d_model"]:
-    copies = len(x) // len(base.tokens)
-    of_step = [patch for patch in joining if patch.site.layer == step]
-    edits = patch_edits(of_step, batch=len(x), fired=fired, offsets={"pos": start, "dest": start})
-    past = None
-    if start:
-        k, v = (base[Site(kind=kind, layer=step)][:, :start] for kind in (SiteKind.k, SiteKind.v))
-        past = Past(k=k.repeat(copies, 1, 1, 1), v=v.repeat(copies, 1, 1, 1))
-    return model.advance(step, x, base.tokens.repeat(copies, 1), edits, past)
-
-
-def _finish(
-    model: Resumable,
-    x: Float[Tensor, "rows pos d_model"],
-    batch: Batch,
-    patches: Sequence[Patch],
-    base: Trace,
-    start: int,
-    fired: Fired,
-) -> Sequence[Float[Tensor, "reads vocab"]]:
-    """Logits at the reads; those before the patched position are the base run's."""
-    n, read = len(batch), batch.read
-    final = [patch for patch in patches if patch.site.kind.name.startswith("ln_final")]
-    edits = patch_edits(final, batch=len(x), fired=fired, offsets={"pos": start})
-    unpatched = base.logits[read]
-    affected = read.nonzero()[:, 1] >= start
-    if final:
-        logits = model.finish(x, edits).unflatten(0, (-1, n))[:, read[:, start:]]
-    else:
-        logits = model.finish(x.unflatten(0, (-1, n))[:, read[:, start:]], {})
-    whole = unpatched.repeat(len(logits), 1, 1)
-    whole[:, affected] = logits
-    return list(whole)
+    return trace.logits[batch.read.repeat(len(cells), 1)].unflatten(0, (len(cells), -1))

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.runtime import WorkbenchError, nearest
 
+Logits = Float[Tensor, "reads vocab"]
 PerRead = Callable[
-    [Float[Tensor, "reads vocab"], Int[Tensor, " reads"], Int[Tensor, " reads"] | None], Float[Tensor, " reads"]
+    [Logits, Int[Tensor, " reads"], Int[Tensor, " reads"] | None, Logits | None], Float[Tensor, " reads"]
 ]
 
 
@@ -48,28 +49,53 @@ class Metric:
     unit: str
     higher: str
     """What a higher value means, in words: results print it as their direction."""
-    needs_distractor: bool
-    per_read: PerRead
+    better: Literal["higher", "lower"] = "higher"
+    """Which way a value says that the model does its task, or is still itself."""
+    needs_distractor: bool = False
+    needs_reference: bool = False
+    """Whether it compares with another run's logits: the clean run of the whole model."""
+    differentiable: bool = True
+    values: Callable[[Logits, Answers, Logits | None], Float[Tensor, " batch"]]
 
-    def __call__(self, logits: Float[Tensor, "reads vocab"], batch: Answers) -> Float[Tensor, " batch"]:
+    def __call__(
+        self,
+        logits: Float[Tensor, "reads vocab"],
+        batch: Answers,
+        reference: Float[Tensor, "reads vocab"] | None = None,
+    ) -> Float[Tensor, " batch"]:
         """The metric of each example.
 
         Args:
             logits: the logits at the read positions, in the order of `batch.read.nonzero()`.
             batch: where the answer (and the distractor) stand.
+            reference: the same positions' logits in the clean run of the whole model.
 
         Raises:
-            WorkbenchError: the metric compares with a distractor and the batch has none.
+            WorkbenchError: the metric compares with a distractor or a reference run and there is none, or it gave
+                something else than one number an example.
         """
         if self.needs_distractor and batch.distractor is None:
             raise WorkbenchError(
                 f"Metric {self.name!r} needs counterfactual pairs, and this batch has none. "
                 "Draw it with task.contrast(batch), or use 'loss' or 'accuracy'."
             )
-        read = batch.read
-        distractor = None if batch.distractor is None else batch.distractor[read]
-        values = self.per_read(logits, batch.targets[read], distractor)
-        return mean_over_reads(values, read)
+        if self.needs_reference and reference is None:
+            raise WorkbenchError(
+                f"Metric {self.name!r} compares with the clean run's logits, and none were given. "
+                "Use 'logit_difference', 'loss' or 'accuracy' here."
+            )
+        values = self.values(logits, batch, reference)
+        if values.shape != (len(batch.read),):
+            raise WorkbenchError(
+                f"Metric {self.name!r} returned shape {list(values.shape)}; one number an example, "
+                f"[{len(batch.read)}], is wanted."
+            )
+        return values
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, -1 where lower is."""
+        return 1 if self.better == "higher" else -1
 
 
 def mean_over_reads(values: Float[Tensor, " reads"], read: Bool[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
@@ -83,27 +109,57 @@ def _picked(logits: Tensor, answer: Tensor) -> Tensor:
     return logits.gather(1, answer[:, None])[:, 0]
 
 
-def _logit_difference(logits: Tensor, answer: Tensor, distractor: Tensor | None) -> Tensor:
+def _logit_difference(logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: Tensor | None) -> Tensor:
     assert distractor is not None
     return _picked(logits, answer) - _picked(logits, distractor)
 
 
-def _probability_difference(logits: Tensor, answer: Tensor, distractor: Tensor | None) -> Tensor:
+def _probability_difference(
+    logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: Tensor | None
+) -> Tensor:
     assert distractor is not None
     probabilities = logits.softmax(1)
     return _picked(probabilities, answer) - _picked(probabilities, distractor)
 
 
-def _log_probability(logits: Tensor, answer: Tensor, distractor: Tensor | None) -> Tensor:
+def _log_probability(logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: Tensor | None) -> Tensor:
     return _picked(logits.log_softmax(1), answer)
 
 
-def _loss(logits: Tensor, answer: Tensor, distractor: Tensor | None) -> Tensor:
-    return -_log_probability(logits, answer, distractor)
+def _loss(logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: Tensor | None) -> Tensor:
+    return -_picked(logits.log_softmax(1), answer)
 
 
-def _accuracy(logits: Tensor, answer: Tensor, distractor: Tensor | None) -> Tensor:
+def _accuracy(logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: Tensor | None) -> Tensor:
     return (logits.argmax(1) == answer).to(logits.dtype)
+
+
+def _kl(logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: Tensor | None) -> Tensor:
+    assert reference is not None
+    expected, found = reference.log_softmax(1), logits.log_softmax(1)
+    return (expected.exp() * (expected - found)).sum(1)
+
+
+def _squared_error(logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: Tensor | None) -> Tensor:
+    assert reference is not None
+    return (logits - reference).square().sum(1)
+
+
+def _disagreement(logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: Tensor | None) -> Tensor:
+    assert reference is not None
+    return (logits.argmax(1) != reference.argmax(1)).to(logits.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _AtReads:
+    """The average over an example's reads."""
+
+    per_read: PerRead
+
+    def __call__(self, logits: Tensor, batch: Answers, reference: Tensor | None) -> Tensor:
+        distractor = None if batch.distractor is None else batch.distractor[batch.read]
+        values = self.per_read(logits, batch.targets[batch.read], distractor, reference)
+        return mean_over_reads(values, batch.read)
 
 
 METRICS = {
@@ -114,40 +170,66 @@ METRICS = {
             unit="logits",
             higher="the answer beats the distractor by more",
             needs_distractor=True,
-            per_read=_logit_difference,
+            values=_AtReads(_logit_difference),
         ),
         Metric(
             name="probability_difference",
             unit="probability",
             higher="the answer is more probable than the distractor",
             needs_distractor=True,
-            per_read=_probability_difference,
+            values=_AtReads(_probability_difference),
         ),
         Metric(
             name="log_probability",
             unit="nats",
             higher="the answer is more probable",
-            needs_distractor=False,
-            per_read=_log_probability,
+            values=_AtReads(_log_probability),
         ),
-        Metric(name="loss", unit="nats", higher="the answer is less probable", needs_distractor=False, per_read=_loss),
+        Metric(name="loss", unit="nats", higher="the answer is less probable", better="lower", values=_AtReads(_loss)),
         Metric(
             name="accuracy",
             unit="fraction",
             higher="the answer is the top token more often",
-            needs_distractor=False,
-            per_read=_accuracy,
+            differentiable=False,
+            values=_AtReads(_accuracy),
+        ),
+        Metric(
+            name="kl",
+            unit="nats",
+            higher="the prediction is further from the clean run's",
+            better="lower",
+            needs_reference=True,
+            values=_AtReads(_kl),
+        ),
+        Metric(
+            name="squared_error",
+            unit="squared logits",
+            higher="the logits are further from the clean run's",
+            better="lower",
+            needs_reference=True,
+            values=_AtReads(_squared_error),
+        ),
+        Metric(
+            name="disagreement",
+            unit="fraction",
+            higher="the top token differs from the clean run's more often",
+            better="lower",
+            needs_reference=True,
+            differentiable=False,
+            values=_AtReads(_disagreement),
         ),
     )
 }
 
 
-def metric(name: str) -> Metric:
-    """The metric called `name`.
+def metric(name: str | Metric) -> Metric:
+    """The metric called `name`; a Metric is itself.
 
     Raises:
         WorkbenchError: there is none of that name.
     """
+    if isinstance(name, Metric):
+        return name
     if name not in METRICS:
         raise WorkbenchError(f"Unknown metric {name!r}. {nearest(name, METRICS)}")
     return METRICS[name]

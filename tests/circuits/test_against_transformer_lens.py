@@ -11,7 +11,15 @@ from workbench.models.transformer import Transformer
 from workbench.tasks.modular import Modular
 
 TASK = Modular(p=11, train_fraction=0.5)
-SITES = {"resid_pre": "resid_pre", "attn_out": "attn_out", "mlp_out": "mlp_out", "z": "attn_head_out_by_pos"}
+SITES = {
+    "resid_pre": "resid_pre",
+    "attn_out": "attn_out",
+    "mlp_out": "mlp_out",
+    "z": "attn_head_out_by_pos",
+    "q": "attn_head_q_by_pos",
+    "k": "attn_head_k_by_pos",
+    "v": "attn_head_v_by_pos",
+}
 
 
 @pytest.fixture(scope="module", params=[None, "LN"])

@@ -9,7 +9,7 @@ from circuits.patching import patch_each
 from workbench.instrument.passes import run
 from workbench.instrument.sites import select_sites
 from workbench.instrument.trace import FromTrace
-from workbench.metrics import metric
+from workbench.metrics import METRICS, metric
 from workbench.models.config import ModelConfig
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
@@ -17,8 +17,10 @@ from workbench.tasks.base import Batch
 from workbench.tasks.modular import Modular
 
 EVERY_KIND = (
-    "embed,pos_embed,resid_pre,q,k,v,attn_scores,pattern,z,attn_out,resid_mid,pre,post,L0.post.n*,mlp_out,resid_post"
+    "embed,pos_embed,resid_pre,q,k,v,attn_scores,pattern,z,attn_out,resid_mid,pre,L0.pre.n2,post,L0.post.n*,mlp_out,"
+    "resid_post"
 )
+NORM_KINDS = "ln1_scale,ln1_normalized,ln2_scale,ln2_normalized,ln_final_scale,ln_final_normalized"
 
 
 def transformer(seed=0, **changes):
@@ -48,9 +50,11 @@ def pairs(n=5, *, pos=4, vocab=9, reads="last", seed=0, pad=None):
 def by_loop(model, batch, patch_map):
     """The reference: one plain pass for each cell."""
     measure = metric(patch_map.metric)
+    read = batch.read
     sites = {cell.site for cell in patch_map.cells}
     traces = [run(model, tokens, record=sites) for tokens in (batch.tokens, batch.corrupt)]
-    clean, corrupt = (measure(trace.logits[batch.read], batch).double().mean() for trace in traces)
+    reference = traces[0].logits[read]
+    clean, corrupt = (measure(trace.logits[read], batch, reference).double().mean() for trace in traces)
     rows = torch.arange(len(batch))
     effects = []
     for direction in patch_map.directions:
@@ -59,7 +63,7 @@ def by_loop(model, batch, patch_map):
         sign = 1 if direction == "denoise" else -1
         for cell in patch_map.cells:
             trace = run(model, base.tokens, patches=[cell.patch(FromTrace(other), rows)])
-            after = measure(trace.logits[batch.read], batch).double().mean()
+            after = measure(trace.logits[read], batch, reference).double().mean()
             effects.append(float(sign * (after - start) / (clean - corrupt)))
     return torch.tensor(effects).reshape(len(patch_map.directions), -1)
 
@@ -85,10 +89,31 @@ def test_batched_map_equals_a_loop_of_single_patches(name):
     assert torch.allclose(found.effect.float(), by_loop(model, batch, found), atol=1e-4)
 
 
-def test_final_norm_can_be_patched_too():
+def test_norms_can_be_patched_too():
     model, batch = transformer(), pairs(reads="several")
-    found = patch_each(model, batch, sites="ln_final_scale,ln_final_normalized")
+    found = patch_each(model, batch, sites=NORM_KINDS)
     assert torch.allclose(found.effect.float(), by_loop(model, batch, found), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("reads", ["last", "several"])
+def test_every_metric_sees_the_patched_logits(name, reads):
+    model, batch = transformer(), pairs(n=13, reads=reads)
+    found = patch_each(model, batch, sites="resid_pre,z,v", metric=name)
+    # Where the top token is counted, a logit that is off by a rounding error is a whole example.
+    tolerance = 1e-4 if METRICS[name].differentiable else 0.2
+    assert torch.allclose(found.effect.float(), by_loop(model, batch, found), atol=tolerance)
+
+
+def test_the_two_logits_that_a_metric_picks_are_those_of_the_whole_vocabulary():
+    model, batch = transformer(tied=True), pairs(reads="several")
+    # A metric of the user's own may look at every logit, so it is shown every logit.
+    own = replace(METRICS["logit_difference"], name="my own")
+    picked, full = (
+        patch_each(model, batch, sites="resid_pre,mlp_out", metric=each) for each in ("logit_difference", own)
+    )
+    assert torch.allclose(picked.effect, full.effect, atol=1e-5)
+    assert torch.allclose(picked.low, full.low, atol=1e-4)
 
 
 class Plain:
@@ -106,8 +131,9 @@ def test_a_model_that_cannot_resume_gives_the_same_map(monkeypatch):
     whole = patch_each(Plain(model), batch, sites="resid_pre,z,pattern,mlp_out")
     resumed = patch_each(model, batch, sites="resid_pre,z,pattern,mlp_out")
     assert torch.allclose(whole.effect, resumed.effect, atol=1e-5)
-    # Neither depends on how many rows share a pass.
-    monkeypatch.setattr("circuits.patching.ROWS", 7)
+    # Neither depends on how much shares a pass.
+    for size in ("circuits.patching.ROWS", "circuits.patching.LOGITS", "circuits.cone.TOKENS", "circuits.cone.HIDDEN"):
+        monkeypatch.setattr(size, 15)
     for narrow in (Plain(model), model):
         again = patch_each(narrow, batch, sites="resid_pre,z,pattern,mlp_out")
         assert torch.allclose(again.effect, resumed.effect, atol=1e-5)
@@ -123,7 +149,7 @@ def test_a_mutant_that_forgets_the_past_is_caught(monkeypatch):
         return advance(self, step, x, tokens, edits, past)
 
     monkeypatch.setattr(Transformer, "advance", forgetful)
-    found = patch_each(model, batch, sites="resid_pre")
+    found = patch_each(model, batch, sites="v")
     assert not torch.allclose(found.effect.float(), by_loop(model, batch, found), atol=1e-2)
 
 

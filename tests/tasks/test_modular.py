@@ -224,3 +224,33 @@ def test_batches_check_themselves_and_join(monkeypatch):
 
 def test_primes():
     assert [n for n in range(20) if is_prime(n)] == [2, 3, 5, 7, 11, 13, 17, 19]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_answers_under_another_latent(operation):
+    task = Modular(operation=operation, p=7, train_fraction=0.5)
+    batch = task.examples("all")
+    values = 1 + torch.arange(len(batch)) % 6
+    for latent in ("a", "b", "answer"):
+        found = task.with_latent(batch, latent, values)
+        assert not found[:, :2].any()
+        for (a, b, _), value, answer in zip(batch.tokens.tolist(), values.tolist(), found[:, 2].tolist(), strict=True):
+            expected = {"a": (value, b), "b": (a, value)}.get(latent)
+            assert answer == (value if expected is None else by_hand(operation, *expected, 7))
+        own = task.with_latent(batch, latent, batch.latents[latent].value)
+        assert torch.equal(own, batch.targets)
+
+
+def test_another_latent_must_be_one_of_the_task():
+    task = Modular(operation="div", p=7, train_fraction=0.5)
+    batch = task.examples("test")
+    zeros = torch.zeros(len(batch), dtype=torch.long)
+    assert not task.with_latent(batch, "a", zeros).any()
+    for latent, values, message in (
+        ("b", zeros, "from 1 to 6, got 0 to 0"),
+        ("answer", zeros + 7, "from 0 to 6, got 7 to 7"),
+        ("a", zeros - 1, "got -1 to -1"),
+        ("carry", zeros, "Unknown latent 'carry'"),
+    ):
+        with pytest.raises(WorkbenchError, match=message):
+            task.with_latent(batch, latent, values)

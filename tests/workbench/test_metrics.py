@@ -1,7 +1,7 @@
 """Metrics on logits whose softmax one can do in the head."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -48,10 +48,23 @@ def test_by_hand(name: str, expected: list[float]) -> None:
 
 
 def test_every_metric_is_tested_by_hand() -> None:
-    assert set(METRICS) == {"logit_difference", "probability_difference", "log_probability", "loss", "accuracy"}
+    assert set(METRICS) == {
+        "logit_difference",
+        "probability_difference",
+        "log_probability",
+        "loss",
+        "accuracy",
+        "kl",
+        "squared_error",
+        "disagreement",
+    }
 
 
-@pytest.mark.parametrize("name", list(METRICS))
+ALONE = [name for name, each in METRICS.items() if not each.needs_reference]
+AGAINST = [name for name, each in METRICS.items() if each.needs_reference]
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_direction(name: str) -> None:
     """A push of the answer's logit moves each metric the way that `higher` says."""
     logits, prompts = one_read()
@@ -60,7 +73,26 @@ def test_direction(name: str) -> None:
     change = metric(name)(pushed, prompts).mean() - metric(name)(logits, prompts).mean()
     worse = "less probable" in metric(name).higher
     assert change < 0 if worse else change > 0
-    assert worse == (name == "loss")
+    assert worse == (metric(name).better == "lower") == (name == "loss")
+
+
+@pytest.mark.parametrize("name", AGAINST)
+def test_metrics_against_a_run_are_zero_there_and_grow_away_from_it(name: str) -> None:
+    logits, prompts = one_read()
+    pushed = logits.clone()
+    pushed[[0, 1], logits.argmin(1)] += 20
+    assert metric(name).better == "lower"
+    torch.testing.assert_close(metric(name)(logits, prompts, logits), torch.zeros(2), rtol=0, atol=1e-6)
+    assert (metric(name)(pushed, prompts, logits) > 0.5).all()
+    with pytest.raises(WorkbenchError, match="compares with the clean run's logits"):
+        metric(name)(logits, prompts)
+
+
+def test_a_metric_of_the_wrong_shape_is_refused() -> None:
+    logits, prompts = one_read()
+    wrong = replace(metric("loss"), values=lambda logits, batch, reference: logits)
+    with pytest.raises(WorkbenchError, match="one number an example"):
+        wrong(logits, prompts)
 
 
 @pytest.mark.parametrize("name", ["logit_difference", "probability_difference"])
@@ -71,7 +103,7 @@ def test_a_push_of_the_distractor_lowers_a_difference(name: str) -> None:
     assert (metric(name)(pushed, prompts) < metric(name)(logits, prompts)).all()
 
 
-@pytest.mark.parametrize("name", list(METRICS))
+@pytest.mark.parametrize("name", ALONE)
 def test_a_shift_of_all_logits_changes_nothing(name: str) -> None:
     logits, prompts = one_read()
     torch.testing.assert_close(metric(name)(logits + 7, prompts), metric(name)(logits, prompts))

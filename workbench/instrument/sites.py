@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.runtime import WorkbenchError, nearest
@@ -23,6 +23,8 @@ from workbench.store import Provenance
 Edit = Callable[[Tensor], Tensor]
 """What happens at a place: takes the activation, returns the one that flows on."""
 
+Slot = Literal["q", "k", "v"]
+"""What a head reads the residual stream for."""
 RESID = ("batch", "pos", "d_model")
 SCALE = ("batch", "pos", "one")
 HEADS = ("batch", "pos", "head", "d_head")
@@ -201,6 +203,51 @@ class Instrumented(Protocol):
         self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit] | None = None
     ) -> Float[Tensor, "batch pos vocab"]:
         """Logits, with each edit applied to what flows through its (whole) site."""
+        ...
+
+
+@runtime_checkable
+class EdgeReadable(Instrumented, Protocol):
+    """A model whose parts can be run one by one, each head's q, k and v from an input of its own.
+
+    What is told apart in here is what an edge of a circuit joins: a writer's own part of the residual stream, and a
+    reader's own sum of them.
+    """
+
+    def write_inputs(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
+        """What token and position embeddings write to the residual stream."""
+        ...
+
+    def read_heads(
+        self, step: int, slot: Slot, heads: slice, x: Float[Tensor, "*rows head d_model"]
+    ) -> Float[Tensor, "*rows head d_head"]:
+        """Queries, keys or values of some heads, each from an input of its own."""
+        ...
+
+    def write_heads(
+        self, step: int, heads: slice, z: Float[Tensor, "*rows head d_head"]
+    ) -> Float[Tensor, "*rows head d_model"]:
+        """What each of some heads writes; the bias of their sum belongs to none of them."""
+        ...
+
+    def write_neurons(
+        self, step: int, neurons: Int[Tensor, " neuron"] | None, x: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows d_model"]:
+        """What an MLP writes, or some of its neurons; the output bias belongs to the whole MLP alone."""
+        ...
+
+    def constant(self, step: int, part: Literal["attn", "mlp"]) -> Float[Tensor, " d_model"]:
+        """The output bias of a step's attention or MLP."""
+        ...
+
+    def finish(self, x: Float[Tensor, "*rows d_model"], edits: Mapping[Site, Edit]) -> Float[Tensor, "*rows vocab"]:
+        """Logits of the residual streams given."""
+        ...
+
+    def allowed(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "#batch dest src"]:
+        """Which position may attend to which."""
         ...
 
 

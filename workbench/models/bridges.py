@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 NATIVE = "TransformerLensNative"
+GPT2 = "GPT2LMHeadModel"
+CONV1D = ("attn.o.weight", "mlp.in.weight", "mlp.out.weight")
 BUFFERS = (".mask", ".IGNORE")
 """Entries of old state dicts that are constants: which positions are masked, and with what."""
 RENAMED = {"blocks": "weights", "ln_final": "final_norm"}
@@ -35,6 +37,10 @@ RENAMED = {"blocks": "weights", "ln_final": "final_norm"}
 SYNONYMS = {"gelu_pytorch_tanh": "gelu_new"}
 """Other libraries' names of our activations."""
 Activation = Literal["relu", "gelu", "gelu_new"]
+FOLDED = (
+    "This bridge is in compatibility mode, which folds weights into one another. Convert it before "
+    "enable_compatibility_mode() is called."
+)
 REQUIRED = ("n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_vocab")
 OPTIONAL = ("d_mlp", "d_vocab_out")
 GPT2_SIZES = ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")
@@ -107,6 +113,31 @@ def to_bridge(model: Transformer) -> tuple[TransformerBridge, tuple[str, ...]]:
     return bridge.eval(), tuple(_export_notes(config))
 
 
+def transformer_of(bridge: TransformerBridge) -> Transformer:
+    """The model in a native or GPT-2-shaped bridge, with the same logits. The weights are copied.
+
+    Raises:
+        WorkbenchError: another architecture, folded weights, or a feature that our models lack.
+    """
+    if bridge.cfg.architecture == NATIVE:
+        return from_bridge(bridge)
+    if bridge.cfg.architecture != GPT2:
+        raise WorkbenchError(
+            f"This bridge holds a {bridge.cfg.architecture}. Only native and GPT-2-shaped ones can be run in parts."
+        )
+    if bridge.compatibility_mode:
+        raise WorkbenchError(FOLDED)
+    state = bridge.state_dict()
+    biases: tuple[Bias, ...] = BIASES if state["unembed.bias"].any() else ("attn", "mlp")
+    if "unembed" not in biases:
+        del state["unembed.bias"]
+    # GPT-2 stores these transposed (Conv1D), and the bridge leaves them so.
+    turned = {name: tensor.T if name.endswith(CONV1D) else tensor for name, tensor in state.items()}
+    fields = _gpt2_fields(cast(Any, bridge.original_model).config.to_dict(), "This bridge")
+    layout = dict(_from_linear(name, tensor, bridge.cfg.n_heads) for name, tensor in turned.items())
+    return _assemble(layout, fields, biases=biases, tied=False, source="This bridge")
+
+
 def from_bridge(bridge: TransformerBridge) -> Transformer:
     """The model in a bridge that `boot_native` made, with the same logits. The weights are copied.
 
@@ -119,10 +150,7 @@ def from_bridge(bridge: TransformerBridge) -> Transformer:
             "converted. Use from_hugging_face for a GPT-2, or BridgeModel to look into the bridge as it is."
         )
     if bridge.compatibility_mode:
-        raise WorkbenchError(
-            "This bridge is in compatibility mode, which folds weights into one another. Convert it before "
-            "enable_compatibility_mode() is called."
-        )
+        raise WorkbenchError(FOLDED)
     fields = dict(vars(bridge.cfg))
     # Native attention divides by attn_scale if that is set, by sqrt(d_head) otherwise, and reads no other field.
     given = fields["use_attn_scale"] and fields["attn_scale"] > 0

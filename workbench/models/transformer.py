@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from workbench.instrument.sites import Edit, Site, model_sites
+from workbench.instrument.sites import Edit, Site, Slot, model_sites
 from workbench.models.config import ACTIVATIONS, ModelConfig
 from workbench.runtime import code_version
 from workbench.store import Provenance
@@ -281,7 +281,7 @@ class Transformer(nn.Module):
 
     def start(self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit]) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream before the first step."""
-        active = self._by_place(edits)
+        active = self._by_place(edits, None)
         embedded = visit(self.hook_embed, self.embed.W_E[tokens], active)
         positions = self.pos_embed.W_pos[: tokens.shape[1]].expand_as(embedded)
         return embedded + visit(self.hook_pos_embed, positions, active)
@@ -296,12 +296,54 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """One step. With `past`, `x` holds only the last positions and attention reads the earlier ones from there."""
         allowed = self.allowed(tokens)[:, tokens.shape[1] - x.shape[1] :]
-        return self.blocks[step](x, self.block(step), allowed, self._by_place(edits), past)
+        return self.blocks[step](x, self.block(step), allowed, self._by_place(edits, step), past)
 
     def finish(self, x: Float[Tensor, "*rows d_model"], edits: Mapping[Site, Edit]) -> Float[Tensor, "*rows vocab"]:
         """Logits of the rows given."""
-        logits = self.ln_final(x, self.final_norm, self._by_place(edits)) @ self.W_U
+        logits = self.ln_final(x, self.final_norm, self._by_place(edits, None)) @ self.W_U
         return logits if self.unembed.b_U is None else logits + self.unembed.b_U
+
+    def write_inputs(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
+        """What token and position embeddings write to the residual stream."""
+        embedded = self.embed.W_E[tokens]
+        return embedded, self.pos_embed.W_pos[: tokens.shape[1]].expand_as(embedded)
+
+    def read_heads(
+        self, step: int, slot: Slot, heads: slice, x: Float[Tensor, "*rows head d_model"]
+    ) -> Float[Tensor, "*rows head d_head"]:
+        """Queries, keys or values of some heads, each from an input of its own."""
+        block = self.block(step)
+        x = x if block.ln1 is None else block.ln1(x)
+        weight, bias = getattr(block.attn, f"W_{slot.upper()}"), getattr(block.attn, f"b_{slot.upper()}")
+        read = torch.einsum("...hd,hde->...he", x, weight[heads])
+        return read if bias is None else read + bias[heads]
+
+    def write_heads(
+        self, step: int, heads: slice, z: Float[Tensor, "*rows head d_head"]
+    ) -> Float[Tensor, "*rows head d_model"]:
+        """What each of some heads writes; the bias of their sum belongs to none of them."""
+        return torch.einsum("...he,hed->...hd", z, self.block(step).attn.W_O[heads])
+
+    def write_neurons(
+        self, step: int, neurons: Int[Tensor, " neuron"] | None, x: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows d_model"]:
+        """What an MLP writes, or some of its neurons; the output bias belongs to the whole MLP alone."""
+        block = self.block(step)
+        assert block.mlp is not None
+        x = x if block.ln2 is None else block.ln2(x)
+        if neurons is None:
+            return block.mlp.write(block.mlp.activation(block.mlp.read(x)))
+        pre = x @ block.mlp.W_in[:, neurons]
+        pre = pre if block.mlp.b_in is None else pre + block.mlp.b_in[neurons]
+        return block.mlp.activation(pre) @ block.mlp.W_out[neurons]
+
+    def constant(self, step: int, part: Literal["attn", "mlp"]) -> Float[Tensor, " d_model"]:
+        """The output bias of a step's attention or MLP: zeros where it has none."""
+        owner = getattr(self.block(step), part)
+        bias = owner.b_O if part == "attn" else owner.b_out
+        return self.embed.W_E.new_zeros(self.config.d_model) if bias is None else bias
 
     def allowed(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "#batch dest src"]:
         """Which position may attend to which: not to later ones if causal, to padding only from itself."""
@@ -314,8 +356,8 @@ class Transformer(nn.Module):
             allowed = allowed & ((tokens != self.config.pad_token)[:, None] | itself)
         return allowed
 
-    def _by_place(self, edits: Mapping[Site, Edit]) -> Edits:
-        return {self.get_submodule(site.place): edit for site, edit in edits.items()}
+    def _by_place(self, edits: Mapping[Site, Edit], layer: int | None) -> Edits:
+        return {self.get_submodule(site.place): edit for site, edit in edits.items() if site.layer == layer}
 
 
 def _bias(present: bool, *shape: int) -> nn.Parameter | None:

@@ -80,6 +80,24 @@ class Modular:
             case "div":
                 return (a * self._inverses()[b]) % self.p
 
+    def with_latent(self, batch: Batch, latent: str, values: Int[Tensor, " batch"]) -> Int[Tensor, "batch pos"]:
+        """The targets of each prompt if `a`, `b` or `answer` had another value, and the other operands their own.
+
+        Raises:
+            WorkbenchError: no such latent, a value that is no residue, or a divisor of 0.
+        """
+        check_choice("latent", latent, ("a", "b", "answer"))
+        lowest = 1 if latent == "b" and self.operation == "div" else 0
+        if len(values) and not lowest <= int(values.min()) <= int(values.max()) < self.p:
+            raise WorkbenchError(
+                f"Latent {latent!r} takes values from {lowest} to {self.p - 1}, "
+                f"got {int(values.min())} to {int(values.max())}."
+            )
+        a, b = (values if latent == name else batch.tokens[:, place] for place, name in enumerate("ab"))
+        targets = torch.zeros_like(batch.targets)
+        targets[:, 2] = values if latent == "answer" else self.answer(a, b)
+        return targets
+
     def examples(self, split: str) -> Batch:
         """All pairs of a split: `all` in the order of a then b, the others in a random order fixed by the seed."""
         check_choice("split", split, self.splits)

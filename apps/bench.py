@@ -1,0 +1,323 @@
+"""Benchmarks: how much faster an analysis is than its peer, measured so that the ratio survives a busy machine.
+
+Both sides run alternately in one process on one thread, the clock is the CPU time of the process, and what is reported
+is the ratio of medians with a bootstrap interval over rounds. Every round's results are compared, too: a fast answer
+that is another answer is no answer.
+
+A benchmark is one function that returns a `Benchmark`, and an entry in `BENCHMARKS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import importlib.metadata
+import io
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from circuits.patching import patch_each
+from workbench.models.bridges import to_bridge
+from workbench.models.config import ModelConfig
+from workbench.models.transformer import Transformer
+from workbench.runtime import WorkbenchError, code_version, generator, nearest, thread_count
+from workbench.store import Provenance
+from workbench.tables import Table
+from workbench.tasks.base import Batch
+
+REPEATS = 7
+ROUND_SECONDS = 0.5
+"""A side that takes less runs several times in a round, so that the clock's grain and a cold cache do not count."""
+RESAMPLES = 2000
+LEVEL = 0.95
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Benchmark:
+    """Two ways to the same result."""
+
+    name: str
+    compares: str
+    """What is computed, in one sentence."""
+    peer: str
+    """The other library, or the plain way."""
+    prepare: Callable[[], tuple[Run, Run]]
+    """Builds what both need, untimed, and returns theirs and ours."""
+    agreement: Callable[[Any, Any], float]
+    """Distance between their result and ours; 0 is equality."""
+    tolerance: float = 1e-5
+    target: float
+    """Their time over ours that is aimed at."""
+    gate: float
+    """What the lower end of the ratio's interval must reach."""
+    conditions: Mapping[str, object] = field(default_factory=dict)
+    """Shapes, numbers of examples: what else the ratio depends on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BenchmarkResult:
+    """CPU seconds of both sides, round by round, and what follows from them."""
+
+    benchmark: Benchmark
+    theirs: tuple[float, ...]
+    ours: tuple[float, ...]
+    ratio: float
+    """Median of theirs over median of ours."""
+    low: float
+    high: float
+    distance: float
+    """Largest distance between the two results in any round."""
+    conditions: Mapping[str, object]
+    provenance: Provenance
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both sides gave the same result in every round."""
+        return self.distance <= self.benchmark.tolerance
+
+    @property
+    def met(self) -> bool:
+        """Whether the gate is met, by equal results."""
+        return self.agrees and self.low >= self.benchmark.gate
+
+    def summary(self) -> dict[str, object]:
+        """What the command line prints."""
+        return {
+            "name": self.benchmark.name,
+            "compares": self.benchmark.compares,
+            "peer": self.benchmark.peer,
+            "ratio": self.ratio,
+            "ratio_interval": [self.low, self.high],
+            "target": self.benchmark.target,
+            "gate": self.benchmark.gate,
+            "met": self.met,
+            "agreement": self.distance,
+            "tolerance": self.benchmark.tolerance,
+            "agrees": self.agrees,
+            "seconds": {"peer": _median(self.theirs), "ours": _median(self.ours)},
+            "n": len(self.ours),
+            "conditions": dict(self.conditions),
+        }
+
+    def tables(self) -> Sequence[Table]:
+        """CPU seconds of both sides."""
+        rows = [
+            {"side": side, "seconds": _median(seconds), "least": min(seconds), "most": max(seconds)}
+            for side, seconds in ((self.benchmark.peer, self.theirs), ("workbench", self.ours))
+        ]
+        return [
+            Table(
+                name=f"bench_{self.benchmark.name.replace('-', '_')}",
+                frame=pd.DataFrame(rows),
+                kind="bar",
+                axes={"x": "side", "y": "seconds", "low": "least", "high": "most"},
+                unit="CPU seconds",
+                caption=(
+                    f"{self.benchmark.compares} Median and range of n = {len(self.ours)} alternating rounds on one "
+                    f"thread: {self.ratio:.3g} times as fast ({100 * LEVEL:.0f} % bootstrap interval {self.low:.3g} "
+                    f"to {self.high:.3g}); results differ by {self.distance:.1g} (at most "
+                    f"{self.benchmark.tolerance:.0e} allowed)."
+                ),
+            )
+        ]
+
+
+def run_benchmark(name: str, *, repeats: int = REPEATS, seed: int = 0) -> BenchmarkResult:
+    """Measure the benchmark called `name`.
+
+    Raises:
+        WorkbenchError: there is none of that name, or fewer than one round is asked for.
+    """
+    if name not in BENCHMARKS:
+        raise WorkbenchError(f"Unknown benchmark {name!r}. {nearest(name, BENCHMARKS)}")
+    return measure(BENCHMARKS[name](), repeats=repeats, seed=seed)
+
+
+def measure(
+    benchmark: Benchmark, *, repeats: int = REPEATS, seed: int = 0, round_seconds: float = ROUND_SECONDS
+) -> BenchmarkResult:
+    """Run both sides alternately, after one call of each that does not count, and compare times and results.
+
+    Args:
+        benchmark: what to measure.
+        repeats: timed rounds.
+        seed: of the bootstrap.
+        round_seconds: about how long a side runs in a round, by being called as often as that takes.
+
+    Raises:
+        WorkbenchError: fewer than one round is asked for.
+    """
+    if repeats < 1:
+        raise WorkbenchError(f"A benchmark needs at least 1 round, got {repeats}.")
+    with _one_thread():
+        threads, load = thread_count(), os.getloadavg()[0]
+        sides = benchmark.prepare()
+        calls = [max(1, math.ceil(round_seconds / max(_timed(side, 1)[1], 1e-6))) for side in sides]
+        distances: list[float] = []
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for _ in range(repeats):
+            results = []
+            for side, times, n in zip(sides, seconds, calls, strict=True):
+                result, spent = _timed(side, n)
+                results.append(result)
+                times.append(spent)
+            distances.append(benchmark.agreement(*results))
+    low, high = _interval(*seconds, seed=seed)
+    measured = {"threads": threads, "load_before": load, "load_after": os.getloadavg()[0], **_versions()}
+    return BenchmarkResult(
+        benchmark=benchmark,
+        theirs=tuple(seconds[0]),
+        ours=tuple(seconds[1]),
+        ratio=_median(seconds[0]) / _median(seconds[1]),
+        low=low,
+        high=high,
+        # max() would pass over a NaN that is not the first.
+        distance=float(torch.tensor(distances, dtype=torch.float64).max()),
+        conditions={**benchmark.conditions, **measured},
+        provenance=Provenance(code_version=code_version(), seed=seed),
+    )
+
+
+def _timed(side: Run, calls: int) -> tuple[Any, float]:
+    """The last call's result, and the CPU seconds of one call."""
+    # As in timeit: no garbage, which may be another's, is collected while the clock runs.
+    gc.disable()
+    try:
+        begun = time.process_time()
+        for _ in range(calls - 1):
+            side()
+        result = side()
+        return result, (time.process_time() - begun) / calls
+    finally:
+        gc.enable()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _interval(theirs: Sequence[float], ours: Sequence[float], *, seed: int) -> tuple[float, float]:
+    """Percentile interval of the ratio of medians, rounds resampled as pairs."""
+    both = torch.tensor([theirs, ours], dtype=torch.float64)
+    draws = torch.randint(0, len(ours), (RESAMPLES, len(ours)), generator=generator(seed, "benchmark"))
+    above, below = both[:, draws].quantile(0.5, dim=2)
+    tail = (1 - LEVEL) / 2
+    low, high = (above / below).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _median(seconds: Sequence[float]) -> float:
+    return float(torch.tensor(seconds, dtype=torch.float64).quantile(0.5))
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformer-lens")}
+    return {"python": platform.python_version(), "machine": platform.machine(), **libraries}
+
+
+def _patching(name: str, config: ModelConfig, *, pairs: int, target: float) -> Benchmark:
+    """Denoising every layer and position of `resid_pre`, against TransformerLens' own loop.
+
+    Theirs is the loop alone: the clean run's cache is given to it, gradients are off. Ours is all of `patch_each`: both
+    runs, the sweep, the intervals. Clean and corrupt prompts share their first third, as prompts with one thing changed
+    do.
+    """
+    return Benchmark(
+        name=name,
+        compares="Denoising the residual stream at every layer and position, logit difference at the last position.",
+        peer="transformer_lens.patching.get_act_patch_resid_pre",
+        prepare=partial(_prepare_patching, config, pairs),
+        agreement=_largest_difference,
+        target=target,
+        gate=0.85 * target,
+        conditions={
+            **{name: getattr(config, name) for name in ("n_layers", "d_model", "n_heads", "d_mlp", "d_vocab")},
+            "positions": config.n_ctx,
+            "shared_positions": config.n_ctx // 3,
+            "pairs": pairs,
+        },
+    )
+
+
+def _prepare_patching(config: ModelConfig, pairs: int) -> tuple[Run, Run]:
+    model = Transformer(config, generator=generator(0, "benchmark", "weights")).eval()
+    batch = _random_pairs(config, pairs)
+    bridge, _ = to_bridge(model)
+    # By name: TransformerLens is the rival here, and nothing that an analysis may build on.
+    patching = importlib.import_module("transformer_lens.patching")
+    corrupt, distractors = batch.pairs()
+    rows, answer, distractor = torch.arange(pairs), batch.targets[:, -1], distractors[:, -1]
+
+    def logit_difference(logits: Tensor) -> Tensor:
+        return (logits[rows, -1, answer] - logits[rows, -1, distractor]).mean()
+
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(batch.tokens)
+    scale = logits.abs().max()
+
+    def theirs() -> Tensor:
+        # A progress bar is drawn on standard error.
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+            return patching.get_act_patch_resid_pre(bridge, corrupt, cache, logit_difference).flatten() / scale
+
+    def ours() -> Tensor:
+        return patch_each(model, batch, sites="resid_pre", direction="denoise").patched[0] / scale
+
+    return theirs, ours
+
+
+def _random_pairs(config: ModelConfig, pairs: int) -> Batch:
+    """Random prompts and counterfactuals that share their first third."""
+    rng = generator(0, "benchmark", "pairs")
+    tokens, corrupt, answer = (torch.randint(0, config.d_vocab, (pairs, config.n_ctx), generator=rng) for _ in range(3))
+    shared = config.n_ctx // 3
+    corrupt[:, :shared] = tokens[:, :shared]
+    read = torch.zeros_like(tokens, dtype=torch.bool)
+    read[:, -1] = True
+    return Batch(tokens=tokens, targets=answer, read=read, corrupt=corrupt, distractor=(answer + 1) % config.d_vocab)
+
+
+def _largest_difference(theirs: Tensor, ours: Tensor) -> float:
+    return float((theirs - ours).abs().max())
+
+
+def _toy_patching(pairs: int, target: float) -> Benchmark:
+    config = ModelConfig(
+        n_layers=4, d_model=256, n_heads=4, d_head=64, d_mlp=1024, n_ctx=6, d_vocab=2200, d_vocab_out=2200,
+        normalization="LN", activation="gelu", biases=("attn", "mlp", "unembed"),
+    )  # fmt: skip
+    return _patching(f"patch-toy-{pairs}", config, pairs=pairs, target=target)
+
+
+def _gpt2_patching() -> Benchmark:
+    config = ModelConfig(
+        n_layers=12, d_model=768, n_heads=12, d_head=64, d_mlp=3072, n_ctx=16, d_vocab=50257, d_vocab_out=50257,
+        normalization="LN", activation="gelu_new", biases=("attn", "mlp", "unembed"),
+    )  # fmt: skip
+    return _patching("patch-gpt2", config, pairs=4, target=15.0)
+
+
+BENCHMARKS: Mapping[str, Callable[[], Benchmark]] = {
+    "patch-toy-1": partial(_toy_patching, 1, 12.1),
+    "patch-toy-32": partial(_toy_patching, 32, 4.5),
+    "patch-gpt2": _gpt2_patching,
+}
+"""What can be measured, by name."""

@@ -1,0 +1,133 @@
+"""A model's forward pass in parts: every writer's output apart, every port's input its own sum of them.
+
+This is the plain, differentiable form. `memoised.py` computes the same for many circuits with nothing computed twice;
+the tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.graph import SLOTS, CircuitGraph
+from workbench.instrument.adapters import BridgeModel
+from workbench.instrument.sites import EdgeReadable, Instrumented
+from workbench.models.bridges import transformer_of
+from workbench.models.transformer import MASKED
+from workbench.runtime import WorkbenchError
+
+Mix = Callable[[slice, Float[Tensor, "row pos writer d_model"]], Float[Tensor, "row pos port d_model"]]
+"""What some ports read of the outputs of all writers before them."""
+
+
+def edge_readable(model: Instrumented) -> EdgeReadable:
+    """The model, if its parts can be run one by one; of a GPT-2-shaped bridge, the same weights in our layout.
+
+    Raises:
+        WorkbenchError: neither; nodes can be scored on it, edges cannot.
+    """
+    if isinstance(model, EdgeReadable):
+        return model
+    if isinstance(model, BridgeModel):
+        return transformer_of(model.bridge)
+    raise WorkbenchError(
+        f"A {type(model).__name__} does not run its heads one by one with q, k and v apart, so it has no edges to "
+        "intervene on. Score its nodes (score_nodes, patch_each), or bring it as a Transformer."
+    )
+
+
+def inputs_of(
+    model: EdgeReadable, graph: CircuitGraph, tokens: Int[Tensor, "row pos"]
+) -> Float[Tensor, "row pos input d_model"]:
+    """What the graph's inputs write."""
+    parts = model.write_inputs(tokens)
+    return torch.stack(parts if len(graph.inputs) == len(parts) else [parts[0] + parts[1]], 2)
+
+
+def run_parts(
+    model: EdgeReadable,
+    graph: CircuitGraph,
+    tokens: Int[Tensor, "row pos"],
+    inputs: Float[Tensor, "row pos input d_model"],
+    mix: Mix,
+) -> tuple[Float[Tensor, "row pos writer d_model"], Float[Tensor, "row pos d_model"]]:
+    """Every writer's output, and the residual stream that the logits are read from."""
+    allowed = model.allowed(tokens)
+    outputs, constant, port = inputs, inputs.new_zeros(graph.d_model), 0
+    every = slice(None)
+    for step in range(graph.n_steps):
+        heads = len(SLOTS) * graph.n_heads
+        x = mix(slice(port, port + heads), outputs) + constant
+        port += heads
+        q, k, v = (
+            model.read_heads(step, slot, every, x[:, :, place * graph.n_heads : (place + 1) * graph.n_heads])
+            for place, slot in enumerate(SLOTS)
+        )
+        outputs = torch.cat([outputs, model.write_heads(step, every, attend(q, k, v, allowed))], 2)
+        constant = constant + model.constant(step, "attn")
+        clusters = [node for node in graph.writers if node.part == "mlp" and node.step == step]
+        if clusters:
+            x = mix(slice(port, port + len(clusters)), outputs) + constant
+            port += len(clusters)
+            written = [
+                model.write_neurons(step, graph.neurons(node), x[:, :, place]) for place, node in enumerate(clusters)
+            ]
+            outputs = torch.cat([outputs, torch.stack(written, 2)], 2)
+            constant = constant + model.constant(step, "mlp") if graph.split(step) else constant
+    return outputs, (mix(slice(port, port + 1), outputs) + constant)[:, :, 0]
+
+
+def attend(
+    q: Float[Tensor, "row dest head d_head"],
+    k: Float[Tensor, "row src head d_head"],
+    v: Float[Tensor, "row src head d_head"],
+    allowed: Bool[Tensor, "#row dest src"],
+) -> Float[Tensor, "row dest head d_head"]:
+    """Softmax attention of each head."""
+    scores = torch.einsum("rdhe,rshe->rhds", q, k) / q.shape[-1] ** 0.5
+    pattern = scores.masked_fill(~allowed[:, None], MASKED).softmax(-1)
+    return torch.einsum("rhds,rshe->rdhe", pattern, v)
+
+
+def everything(ports: slice, outputs: Float[Tensor, "row pos writer d_model"]) -> Float[Tensor, "row pos port d_model"]:
+    """The mix of the whole model: every port reads every writer before it."""
+    return outputs.sum(2, keepdim=True).expand(-1, -1, ports.stop - ports.start, -1)
+
+
+def weighted(
+    graph: CircuitGraph,
+    keep: Float[Tensor, "#row edge"],
+    ablated: Float[Tensor, "row pos writer d_model"],
+) -> Mix:
+    """The mix of a circuit: of each edge `keep` of the current output and the rest of the ablated one."""
+
+    def mix(ports: slice, outputs: Tensor) -> Tensor:
+        n_writers, n_positions = outputs.shape[2], outputs.shape[1]
+        first = graph.first_edge[ports.start]
+        per_port = graph.n_columns * n_writers
+        shares = keep[:, first : first + (ports.stop - ports.start) * per_port]
+        shares = shares.unflatten(1, (ports.stop - ports.start, graph.n_columns, n_writers))
+        at_positions = shares[:, :, columns_of(graph, n_positions)]
+        base = ablated[:, :, :n_writers]
+        mixed = torch.einsum("rxpw,rpwd->rpxd", at_positions.expand(len(outputs), -1, -1, -1), outputs - base)
+        return mixed + base.sum(2, keepdim=True)
+
+    return mix
+
+
+def columns_of(graph: CircuitGraph, n_positions: int) -> Int[Tensor, " pos"]:
+    """Column of each position of a prompt.
+
+    Raises:
+        WorkbenchError: the graph's columns are for prompts of another length.
+    """
+    if not graph.columns:
+        return torch.zeros(n_positions, dtype=torch.long)
+    if len(graph.column_of) != n_positions:
+        raise WorkbenchError(
+            f"This graph tells apart the positions of prompts of {len(graph.column_of)} tokens, not {n_positions}."
+        )
+    return torch.tensor(graph.column_of)

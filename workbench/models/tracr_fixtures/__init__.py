@@ -1,0 +1,1 @@
+"""RASP programs compiled with Tracr, and the script that compiles them."""
