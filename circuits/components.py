@@ -56,28 +56,26 @@ def run_parts(
 ) -> tuple[Float[Tensor, "row pos writer d_model"], Float[Tensor, "row pos d_model"]]:
     """Every writer's output, and the residual stream that the logits are read from."""
     allowed = model.allowed(tokens)
-    outputs, constant, port = inputs, inputs.new_zeros(graph.d_model), 0
+    outputs, port = inputs, 0
     every = slice(None)
     for step in range(graph.n_steps):
         heads = len(SLOTS) * graph.n_heads
-        x = mix(slice(port, port + heads), outputs) + constant
+        x = mix(slice(port, port + heads), outputs) + constant_before(model, graph, step)
         port += heads
         q, k, v = (
             model.read_heads(step, slot, every, x[:, :, place * graph.n_heads : (place + 1) * graph.n_heads])
             for place, slot in enumerate(SLOTS)
         )
         outputs = torch.cat([outputs, model.write_heads(step, every, attend(q, k, v, allowed))], 2)
-        constant = constant + model.constant(step, "attn")
         clusters = [node for node in graph.writers if node.part == "mlp" and node.step == step]
         if clusters:
-            x = mix(slice(port, port + len(clusters)), outputs) + constant
+            x = mix(slice(port, port + len(clusters)), outputs) + constant_before(model, graph, step, mlp=True)
             port += len(clusters)
             written = [
                 model.write_neurons(step, graph.neurons(node), x[:, :, place]) for place, node in enumerate(clusters)
             ]
             outputs = torch.cat([outputs, torch.stack(written, 2)], 2)
-            constant = constant + model.constant(step, "mlp") if graph.split(step) else constant
-    return outputs, (mix(slice(port, port + 1), outputs) + constant)[:, :, 0]
+    return outputs, (mix(slice(port, port + 1), outputs) + constant_before(model, graph, graph.n_steps))[:, :, 0]
 
 
 def attend(
@@ -116,6 +114,18 @@ def weighted(
         return mixed + base.sum(2, keepdim=True)
 
     return mix
+
+
+def constant_before(
+    model: EdgeReadable, graph: CircuitGraph, step: int, *, mlp: bool = False
+) -> Float[Tensor, " d_model"]:
+    """The part of the residual stream that no node writes, before a step's attention or its MLP: output biases."""
+    found = torch.zeros_like(model.constant(0, "attn"))
+    for earlier in range(step + mlp):
+        found = found + model.constant(earlier, "attn")
+    for earlier in range(step):
+        found = found + model.constant(earlier, "mlp") if graph.split(earlier) else found
+    return found
 
 
 def columns_of(graph: CircuitGraph, n_positions: int) -> Int[Tensor, " pos"]:

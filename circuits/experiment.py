@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.components import columns_of, edge_readable, everything, inputs_of, run_parts
+from circuits.components import columns_of, constant_before, edge_readable, everything, inputs_of, run_parts
 from circuits.graph import CircuitGraph, circuit_graph
 from workbench.instrument.passes import check_tokens
 from workbench.instrument.sites import EdgeReadable, Instrumented
 from workbench.metrics import Metric
 from workbench.metrics import metric as find_metric
+from workbench.models.known import ABLATIONS, Ablation
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 from workbench.tasks.base import Batch, check_choice
 
-Ablation = Literal["resample", "mean", "zero"]
-ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 HEADROOM = 1e-6
 """Share of the metric's size below which its difference between the two runs counts as none."""
 
@@ -94,13 +92,7 @@ class Experiment:
             )
 
     def _empty_logits(self) -> Float[Tensor, "reads vocab"]:
-        constant = sum(
-            (self.model.constant(step, "attn") for step in range(self.graph.n_steps)), self.clean.new_zeros(1)
-        )
-        constant = constant + sum(
-            (self.model.constant(step, "mlp") for step in range(self.graph.n_steps) if self.graph.split(step)),
-            self.clean.new_zeros(1),
-        )
+        constant = constant_before(self.model, self.graph, self.graph.n_steps)
         x = self.ablated.sum(2) + constant
         return self.model.finish(x[self.batch.read], {})
 

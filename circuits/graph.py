@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -28,10 +27,6 @@ from workbench.store import digest
 
 SLOTS: tuple[Slot, ...] = get_args(Slot)
 LOGITS = "logits"
-NODE = re.compile(
-    r"(?P<input>input|embed|pos)|a(?P<attn>\d+)\.h(?P<head>\d+)|m(?P<mlp>\d+)(?:\.c(?P<cluster>\d+))?|(?P<end>logits)"
-)
-
 Part = Literal["input", "head", "mlp", "logits"]
 
 
@@ -333,16 +328,3 @@ def graph_from_json(content: Mapping[str, object]) -> CircuitGraph:
         return CircuitGraph(**{name: tuples(value) for name, value in content.items()})  # pyright: ignore[reportArgumentType]
     except TypeError as error:
         raise WorkbenchError(f"This is not a graph of the workbench: {error}.") from error
-
-
-def node_name(target: str) -> str:
-    """The node of a reader's name: `a0.h1<q>@b` is `a0.h1@b`.
-
-    Raises:
-        WorkbenchError: the name is no node.
-    """
-    bare, at, column = target.partition("@")
-    name = re.sub(r"<[qkv]>$", "", bare)
-    if NODE.fullmatch(name) is None:
-        raise WorkbenchError(f"{target!r} is no node. Nodes are input, a0.h1, m0, logits, and so on.")
-    return f"{name}{at}{column}"

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from circuits.components import columns_of
+from circuits.components import columns_of, constant_before
 from circuits.experiment import Experiment
 from circuits.graph import SLOTS
 from workbench.models.transformer import MASKED
@@ -98,14 +98,8 @@ class _Cache:
 
     def stream(self, n_writers: int, step: int, *, mlp: bool) -> Float[Tensor, "pos batch d_model"]:
         """The clean residual stream that is read behind these writers."""
-        model, graph = self.experiment.model, self.experiment.graph
-        total = self.clean[:n_writers].sum(0)
-        for earlier in range(step + 1):
-            if earlier < step or mlp:
-                total = total + model.constant(earlier, "attn")
-            if earlier < step and graph.split(earlier):
-                total = total + model.constant(earlier, "mlp")
-        return total
+        constant = constant_before(self.experiment.model, self.experiment.graph, step, mlp=mlp)
+        return self.clean[:n_writers].sum(0) + constant
 
 
 @dataclass(eq=False)
@@ -180,13 +174,7 @@ def _heads(
             continue
         z = _attend(read["q"], read["k"], read["v"], combinations[1:], cache.allowed[:, where])
         written = model.write_heads(step, chosen, z[..., None, :])[..., 0, :]
-        yield ids, _changes(cache, len(graph.inputs) + _writers_before(cache, step) + head, written, where)
-
-
-def _writers_before(cache: _Cache, step: int) -> int:
-    """Heads and clusters of the steps before one."""
-    graph = cache.experiment.graph
-    return sum(graph.n_heads + len(graph.clusters[earlier]) for earlier in range(step))
+        yield ids, _changes(cache, before.shape[1] + head, written, where)
 
 
 def _cluster(

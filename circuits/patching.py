@@ -26,7 +26,7 @@ from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site, select_sites
 from workbench.instrument.trace import FromTrace, Trace
 from workbench.intervals import discoveries, ratio_bootstrap, sign_flip_pvalue
-from workbench.metrics import METRICS, Metric
+from workbench.metrics import Metric
 from workbench.metrics import metric as find_metric
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
@@ -39,8 +39,6 @@ ROWS = 4096
 """Rows of one whole forward pass: enough to keep the cores busy, few enough to stay in the cache of a laptop."""
 LOGITS = 2**25
 """Logits held at a time while a metric looks at them."""
-PICKING = (METRICS["logit_difference"],)
-"""Metrics that look at the logits of the answer and the distractor alone, so that no others need be computed."""
 HEADROOM = 1e-6
 FALSE_DISCOVERY_RATE = 0.05
 
@@ -181,7 +179,7 @@ class Judge:
     @property
     def picked(self) -> Int[Tensor, "reads 2"] | None:
         """The tokens whose logits the metric looks at, if they are only those of the answer and the distractor."""
-        if not any(self.measure is each for each in PICKING) or self.batch.distractor is None:
+        if not self.measure.picks or self.batch.distractor is None:
             return None
         return torch.stack([self.batch.targets, self.batch.distractor], -1)[self.batch.read]
 

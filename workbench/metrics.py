@@ -54,7 +54,8 @@ class Metric:
     needs_distractor: bool = False
     needs_reference: bool = False
     """Whether it compares with another run's logits: the clean run of the whole model."""
-    differentiable: bool = True
+    picks: bool = False
+    """Whether it looks only at the logits of the answer and the distractor, so that no others need be computed."""
     values: Callable[[Logits, Answers, Logits | None], Float[Tensor, " batch"]]
 
     def __call__(
@@ -91,11 +92,6 @@ class Metric:
                 f"[{len(batch.read)}], is wanted."
             )
         return values
-
-    @property
-    def sign(self) -> int:
-        """1 where higher is better, -1 where lower is."""
-        return 1 if self.better == "higher" else -1
 
 
 def mean_over_reads(values: Float[Tensor, " reads"], read: Bool[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
@@ -170,6 +166,7 @@ METRICS = {
             unit="logits",
             higher="the answer beats the distractor by more",
             needs_distractor=True,
+            picks=True,
             values=_AtReads(_logit_difference),
         ),
         Metric(
@@ -190,7 +187,6 @@ METRICS = {
             name="accuracy",
             unit="fraction",
             higher="the answer is the top token more often",
-            differentiable=False,
             values=_AtReads(_accuracy),
         ),
         Metric(
@@ -215,7 +211,6 @@ METRICS = {
             higher="the top token differs from the clean run's more often",
             better="lower",
             needs_reference=True,
-            differentiable=False,
             values=_AtReads(_disagreement),
         ),
     )

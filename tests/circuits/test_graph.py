@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuits.graph import CircuitGraph, circuit_graph, graph_from_json, node_name
+from circuits.graph import CircuitGraph, circuit_graph, graph_from_json
 from workbench.models.config import ModelConfig
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator
@@ -80,9 +80,6 @@ def test_errors_say_what_is_wrong() -> None:
         circuit_graph(transformer(1, 1), clusters={0: [[0, 1]]})
     with pytest.raises(WorkbenchError, match="not a graph"):
         graph_from_json({"n_heads": 1})
-    with pytest.raises(WorkbenchError, match="is no node"):
-        node_name("b0.h1<q>")
     with pytest.raises(WorkbenchError, match="every column a position"):
         CircuitGraph(n_heads=1, n_steps=1, d_model=4, inputs=("input",), clusters=((),), columns=("a",), column_of=(1,))
-    assert node_name("a0.h1<q>@b") == "a0.h1@b"
     assert torch.equal(graph.mask(graph.names(torch.ones(8, dtype=torch.bool))), torch.ones(8, dtype=torch.bool))

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from circuits import memoised
 from circuits.components import inputs_of, run_parts, weighted
-from circuits.experiment import ABLATIONS, Ablation, Experiment, experiment
+from circuits.experiment import Experiment, experiment
 from circuits.graph import circuit_graph
 from circuits.memoised import circuit_values
 from workbench.models.config import ModelConfig
+from workbench.models.known import ABLATIONS, Ablation
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator
 from workbench.tasks.base import Batch

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Batch
 
-ABLATIONS = ("resample", "mean", "zero")
+Ablation = Literal["resample", "mean", "zero"]
+"""What an edge carries that is not kept: the counterfactual run's value, the mean over examples, or nothing."""
+ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
