@@ -51,30 +51,39 @@ def run_parts(
     model: EdgeReadable,
     graph: CircuitGraph,
     tokens: Int[Tensor, "row pos"],
-    inputs: Float[Tensor, "row pos input d_model"],
+    given: Float[Tensor, "row pos given d_model"],
     mix: Mix,
 ) -> tuple[Float[Tensor, "row pos writer d_model"], Float[Tensor, "row pos d_model"]]:
-    """Every writer's output, and the residual stream that the logits are read from."""
+    """Every writer's output, and the residual stream that the logits are read from.
+
+    Args:
+        model: whose parts are run.
+        graph: which parts there are.
+        tokens: the prompts; only which of them are padding counts.
+        given: what the first writers write: the inputs, and as many whole layers behind them as are known.
+        mix: what ports read.
+    """
     allowed = model.allowed(tokens)
-    outputs, port = inputs, 0
+    outputs, port, before = given, 0, len(graph.inputs)
     every = slice(None)
     for step in range(graph.n_steps):
         heads = len(SLOTS) * graph.n_heads
-        x = mix(slice(port, port + heads), outputs) + constant_before(model, graph, step)
-        port += heads
-        q, k, v = (
-            model.read_heads(step, slot, every, x[:, :, place * graph.n_heads : (place + 1) * graph.n_heads])
-            for place, slot in enumerate(SLOTS)
-        )
-        outputs = torch.cat([outputs, model.write_heads(step, every, attend(q, k, v, allowed))], 2)
+        if outputs.shape[2] == before:
+            x = mix(slice(port, port + heads), outputs) + constant_before(model, graph, step)
+            q, k, v = (
+                model.read_heads(step, slot, every, x[:, :, place * graph.n_heads : (place + 1) * graph.n_heads])
+                for place, slot in enumerate(SLOTS)
+            )
+            outputs = torch.cat([outputs, model.write_heads(step, every, attend(q, k, v, allowed))], 2)
+        port, before = port + heads, before + graph.n_heads
         clusters = [node for node in graph.writers if node.part == "mlp" and node.step == step]
-        if clusters:
+        if clusters and outputs.shape[2] == before:
             x = mix(slice(port, port + len(clusters)), outputs) + constant_before(model, graph, step, mlp=True)
-            port += len(clusters)
             written = [
                 model.write_neurons(step, graph.neurons(node), x[:, :, place]) for place, node in enumerate(clusters)
             ]
             outputs = torch.cat([outputs, torch.stack(written, 2)], 2)
+        port, before = port + len(clusters), before + len(clusters)
     return outputs, (mix(slice(port, port + 1), outputs) + constant_before(model, graph, graph.n_steps))[:, :, 0]
 
 

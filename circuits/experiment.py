@@ -69,7 +69,7 @@ class Experiment:
                 [carried[:, columns == c].flatten(0, 1).any(0) for c in range(self.graph.n_columns)]
             )
             live[self.graph.of_port(port)] = by_column.flatten()
-        return live & self.graph.connected(live)
+        return self.graph.pruned(live, self.ablation)
 
     def measure(self, logits: Float[Tensor, "reads vocab"]) -> Float[Tensor, " batch"]:
         """The metric of each example."""

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.instrument.sites import EdgeReadable, Slot
+from workbench.models.known import Ablation
 from workbench.runtime import WorkbenchError, nearest
 from workbench.store import digest
 
@@ -169,6 +170,22 @@ class CircuitGraph:
         first = self.first_edge[port]
         return slice(first, first + self.n_columns * self.ports[port].n_writers)
 
+    @functools.cached_property
+    def ports_of(self) -> tuple[tuple[int, ...], ...]:
+        """For each writer the ports that its node reads: none for an input, three for a head, one for an MLP."""
+        found: dict[str, list[int]] = {node.name: [] for node in self.writers}
+        for place, port in enumerate(self.ports[:-1]):
+            found[port.node.name].append(place)
+        return tuple(tuple(ports) for ports in found.values())
+
+    def heard(self, port: int, column: int) -> list[int]:
+        """The edges into a port that can matter to what its node writes in a column: keys and values of all columns."""
+        edges, n_writers = self.of_port(port), self.ports[port].n_writers
+        if self.ports[port].slot in ("k", "v"):
+            return list(range(edges.start, edges.stop))
+        first = edges.start + column * n_writers
+        return list(range(first, first + n_writers))
+
     def neurons(self, node: Node) -> Int[Tensor, " neuron"] | None:
         """The neurons of a cluster; None stands for a whole MLP."""
         chosen = self.clusters[node.step][node.index]
@@ -200,7 +217,33 @@ class CircuitGraph:
     def connected(self, keep: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
         """The kept edges that lie on a path from an input to the logits; the others dangle."""
         forward = self._reached_from_inputs(keep)
-        return forward & self._reaching_logits(forward)
+        return forward & self.reaching(forward)
+
+    def reaching(self, keep: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
+        """The kept edges whose reader passes on to the logits."""
+        heard = torch.zeros(len(self.writers), self.n_columns, dtype=torch.bool)
+        useful = torch.zeros_like(keep)
+        places = {node.name: place for place, node in enumerate(self.writers)}
+        for port in reversed(range(len(self.ports))):
+            reader = self.ports[port]
+            if reader.node.part == LOGITS:
+                listening = torch.ones(self.n_columns, dtype=torch.bool)
+            else:
+                of_node = heard[places[reader.node.name]]
+                listening = of_node.any().expand(self.n_columns) if reader.slot in ("k", "v") else of_node
+            of_port = keep[self.of_port(port)].view(self.n_columns, reader.n_writers) & listening[:, None]
+            useful[self.of_port(port)] = of_port.flatten()
+            heard[: reader.n_writers] |= of_port.T
+        return useful
+
+    def pruned(self, keep: Bool[Tensor, " edge"], ablation: Ablation) -> Bool[Tensor, " edge"]:
+        """The kept edges less those that dangle, without which every answer is the same.
+
+        Under resample ablation a node that reads nothing kept writes what it writes in the other run, so that an edge
+        must lie on a path from an input to the logits. Under zero and mean ablation such a node still writes a
+        constant, so that an edge must only reach the logits.
+        """
+        return self.connected(keep) if ablation == "resample" else self.reaching(keep)
 
     def check_same(self, other: CircuitGraph) -> None:
         """Raise a WorkbenchError unless the other graph is this one."""
@@ -253,23 +296,6 @@ class CircuitGraph:
                 # Keys and values of one column are read from every other.
                 writing[places[reader.node.name]] |= columns.any() if reader.slot in ("k", "v") else columns
         return passing
-
-    def _reaching_logits(self, keep: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
-        """Kept edges whose reader passes on to the logits."""
-        heard = torch.zeros(len(self.writers), self.n_columns, dtype=torch.bool)
-        useful = torch.zeros_like(keep)
-        places = {node.name: place for place, node in enumerate(self.writers)}
-        for port in reversed(range(len(self.ports))):
-            reader = self.ports[port]
-            if reader.node.part == LOGITS:
-                listening = torch.ones(self.n_columns, dtype=torch.bool)
-            else:
-                of_node = heard[places[reader.node.name]]
-                listening = of_node.any().expand(self.n_columns) if reader.slot in ("k", "v") else of_node
-            of_port = keep[self.of_port(port)].view(self.n_columns, reader.n_writers) & listening[:, None]
-            useful[self.of_port(port)] = of_port.flatten()
-            heard[: reader.n_writers] |= of_port.T
-        return useful
 
 
 def circuit_graph(

@@ -1,0 +1,216 @@
+"""Scores of edges: every edge patched, or estimated from gradients.
+
+Exact scores ablate one edge at a time. The others are first-order: what an edge carries differs by `clean - ablated`,
+and the gradient of the metric at the port that reads it says what a difference is worth there (attribution patching,
+Nanda 2023; EAP, Syed et al. 2023). Where the model saturates, a gradient at one run sees nothing; EAP-IG averages it
+along a path from the ablated run to the clean one (Hanna et al. 2024). The points of the path are rows of one batch.
+
+Every score is the metric of the clean run minus that with the edge ablated: positive where ablating lowers it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.circuit import EdgeScores, Terms
+from circuits.components import columns_of, everything, run_parts
+from circuits.experiment import Experiment
+from circuits.graph import CircuitGraph
+from circuits.memoised import circuit_values
+from workbench.runtime import WorkbenchError
+
+POINTS = 5
+"""Points of an integration path, as Hanna et al. found enough."""
+ELEMENTS = 2**25
+"""Numbers that the gradients of one pass may hold."""
+
+
+def terms_of(plan: Experiment) -> Terms:
+    """Under what numbers of this experiment hold."""
+    return Terms(
+        ablation=plan.ablation,
+        metric=plan.metric.name,
+        unit=plan.metric.unit,
+        better=plan.metric.better,
+        n=len(plan.batch),
+    )
+
+
+def exact_scores(plan: Experiment) -> EdgeScores:
+    """Ablate every live edge by itself and measure; what is not live changes nothing."""
+    begun = time.perf_counter()
+    singles = plan.live.nonzero()[:, 0]
+    keep = torch.ones(len(singles), len(plan.graph.edges), dtype=torch.bool)
+    keep[torch.arange(len(singles)), singles] = False
+    examples = plan.full.new_zeros(len(plan.batch), len(plan.graph.edges))
+    examples[:, singles] = plan.full[:, None] - circuit_values(plan, keep).T
+    return _scores(plan, "exact", examples, begun, reference="clean run", rule="each edge patched by itself")
+
+
+def eap(plan: Experiment, *, reference: Literal["clean", "ablated"] = "clean") -> EdgeScores:
+    """Edge attribution patching (Syed et al. 2023, §3): one gradient at each port.
+
+    Args:
+        plan: the experiment.
+        reference: run at which the gradient is taken. EAP-IG's code takes the clean one, TransformerLens the other.
+
+    Raises:
+        WorkbenchError: the metric has no gradient.
+    """
+    begun = time.perf_counter()
+    share = 1.0 if reference == "clean" else 0.0
+    examples = _integrated(plan, 0, len(plan.graph.inputs), [share])
+    return _scores(plan, "eap", examples, begun, reference=f"{reference} run", rule="gradient at one point")
+
+
+def eap_ig(plan: Experiment, *, points: int = POINTS) -> EdgeScores:
+    """EAP with gradients averaged along the straight path of the inputs (Hanna et al. 2024, eq. 3).
+
+    The points are `ablated + k/points * (clean - ablated)`, k = 0 … points-1, as in the authors' code: a left Riemann
+    sum, which does not evaluate the clean end.
+
+    Raises:
+        WorkbenchError: fewer than one point, or the metric has no gradient.
+    """
+    begun = time.perf_counter()
+    _check_points(points)
+    examples = _integrated(plan, 0, len(plan.graph.inputs), [k / points for k in range(points)])
+    rule = f"left Riemann sum of {points} points on the inputs"
+    return _scores(plan, "eap-ig", examples, begun, reference="path from the ablated to the clean run", rule=rule)
+
+
+def eap_ig_activations(plan: Experiment, *, points: int = POINTS) -> EdgeScores:
+    """EAP with gradients averaged along the straight path of each layer's own output (Hanna et al. 2024, §5).
+
+    The inputs, the heads of a layer, or its MLP go from ablated to clean while all before them is the clean run's; the
+    edges that leave them are scored along this path. The points are k/points, k = 1 … points: a right Riemann sum.
+
+    Raises:
+        WorkbenchError: fewer than one point, or the metric has no gradient.
+    """
+    begun = time.perf_counter()
+    _check_points(points)
+    shares = [k / points for k in range(1, points + 1)]
+    examples = plan.full.new_zeros(len(plan.batch), len(plan.graph.edges))
+    for first, end in _layers(plan.graph):
+        examples = examples + _integrated(plan, first, end, shares)
+    rule = f"right Riemann sum of {points} points on each layer's output"
+    return _scores(
+        plan, "eap-ig-activations", examples, begun, reference="paths from the ablated to the clean run", rule=rule
+    )
+
+
+def _check_points(points: int) -> None:
+    if points < 1:
+        raise WorkbenchError(f"A path needs at least 1 point, got {points}.")
+
+
+def _layers(graph: CircuitGraph) -> Iterator[tuple[int, int]]:
+    """First and end of the writers that write together: inputs, the heads of a step, its MLP."""
+    first = 0
+    for place in range(1, len(graph.writers) + 1):
+        here = graph.writers[first]
+        if place == len(graph.writers) or (graph.writers[place].part, graph.writers[place].step) != (
+            here.part,
+            here.step,
+        ):
+            yield first, place
+            first = place
+
+
+def _integrated(plan: Experiment, first: int, end: int, shares: list[float]) -> Float[Tensor, "batch edge"]:
+    """Scores of each example with the gradient averaged over points at which writers `first` to `end` are mixed.
+
+    With the inputs mixed, every edge is scored; with a later layer mixed, the edges that leave it.
+    """
+    points = len(shares)
+    n_ports, d_model = len(plan.graph.ports), plan.graph.d_model
+    per_pass = max(1, ELEMENTS // (points * plan.batch.tokens.shape[1] * n_ports * d_model))
+    found = []
+    for rows in torch.arange(len(plan.batch)).split(per_pass):
+        share = torch.tensor(shares, dtype=plan.clean.dtype)[:, None, None, None, None]
+        clean, ablated = plan.clean[rows, :, :end], plan.ablated[rows, :, :end]
+        given = clean.expand(points, *clean.shape).clone()
+        given[:, :, :, first:] = ablated[:, :, first:] + share * (clean - ablated)[:, :, first:]
+        found.append(_attributed(plan, rows, given, first if first else None))
+    return torch.cat(found)
+
+
+def _attributed(
+    plan: Experiment, rows: Tensor, given: Float[Tensor, "point row pos given d_model"], only_from: int | None
+) -> Float[Tensor, "row edge"]:
+    """Mean gradient over the points at every port behind what is given, times what each edge's ablation changes."""
+    points, n = given.shape[:2]
+    batch = plan.batch.select(rows)
+    probes: list[tuple[slice, Tensor]] = []
+
+    def mix(ports: slice, outputs: Tensor) -> Tensor:
+        x = everything(ports, outputs)
+        probes.append((ports, torch.zeros_like(x, memory_format=torch.contiguous_format).requires_grad_()))
+        return x + probes[-1][1]
+
+    with torch.enable_grad():
+        tokens = batch.tokens.repeat(points, 1)
+        stream = run_parts(plan.model, plan.graph, tokens, given.flatten(0, 1), mix)[1]
+        logits = plan.model.finish(stream[batch.read.repeat(points, 1)], {})
+        reference = plan.reference[torch.isin(plan.batch.read.nonzero()[:, 0], rows)].repeat(points, 1)
+        values = plan.metric(logits, batch.select(torch.arange(n).repeat(points)), reference)
+        if not values.requires_grad:
+            raise WorkbenchError(
+                f"Metric {plan.metric.name!r} has no gradient, so that nothing can be attributed with it. "
+                "Use 'logit_difference' or 'loss', or the methods 'exact', 'acdc' and 'greedy'."
+            )
+        gradients = torch.autograd.grad(values.sum(), [probe for _, probe in probes])
+    difference = (plan.clean - plan.ablated)[rows]
+    found = difference.new_zeros(n, len(plan.graph.edges))
+    for (ports, _), gradient in zip(probes, gradients, strict=True):
+        _contract(plan.graph, ports, gradient.unflatten(0, (points, n)).mean(0), difference, only_from, given, found)
+    return found
+
+
+def _contract(
+    graph: CircuitGraph,
+    ports: slice,
+    gradient: Float[Tensor, "row pos port d_model"],
+    difference: Float[Tensor, "row pos writer d_model"],
+    only_from: int | None,
+    given: Tensor,
+    found: Float[Tensor, "row edge"],
+) -> None:
+    """Fill in the scores of the edges into some ports that read the same writers."""
+    n_writers, n_ports = graph.ports[ports.start].n_writers, ports.stop - ports.start
+    first = graph.first_edge[ports.start]
+    by_column = []
+    for column in range(graph.n_columns):
+        here = columns_of(graph, gradient.shape[1]) == column
+        left, right = gradient[:, here].transpose(1, 2).flatten(2), difference[:, here, :n_writers].transpose(1, 2)
+        by_column.append(left @ right.flatten(2).transpose(1, 2))
+    scores = torch.stack(by_column, 2)
+    if only_from is not None:
+        scores[..., :only_from] = 0
+        scores[..., given.shape[3] :] = 0
+    found[:, first : first + n_ports * graph.n_columns * n_writers] = scores.flatten(1)
+
+
+def _scores(
+    plan: Experiment, method: str, examples: Float[Tensor, "batch edge"], begun: float, *, reference: str, rule: str
+) -> EdgeScores:
+    return EdgeScores(
+        graph=plan.graph,
+        terms=terms_of(plan),
+        method=method,
+        score=examples.mean(0),
+        examples=examples,
+        live=plan.live,
+        scale=plan.metric.unit,
+        reference=reference,
+        rule=rule,
+        seconds=time.perf_counter() - begun,
+        provenance=plan.provenance,
+    )
