@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.circuit import EdgeScores, Terms
-from circuits.components import columns_of, everything, run_parts
+from circuits.components import columns_of
 from circuits.experiment import Experiment
+from circuits.gradients import PortGradient, port_gradients
 from circuits.graph import CircuitGraph
 from circuits.memoised import circuit_values
 from workbench.runtime import WorkbenchError
@@ -64,6 +65,11 @@ def eap(plan: Experiment, *, reference: Literal["clean", "ablated"] = "clean") -
         WorkbenchError: the metric has no gradient.
     """
     begun = time.perf_counter()
+    if plan.metric.needs_reference and reference == "clean":
+        raise WorkbenchError(
+            f"Metric {plan.metric.name!r} is least at the clean run, where its gradient is zero for every edge. Take the "
+            "gradient at the ablated run, or use eap-ig."
+        )
     share = 1.0 if reference == "clean" else 0.0
     examples = _integrated(plan, 0, len(plan.graph.inputs), [share])
     return _scores(plan, "eap", examples, begun, reference=f"{reference} run", rule="gradient at one point")
@@ -146,56 +152,30 @@ def _attributed(
     plan: Experiment, rows: Tensor, given: Float[Tensor, "point row pos given d_model"], only_from: int | None
 ) -> Float[Tensor, "row edge"]:
     """Mean gradient over the points at every port behind what is given, times what each edge's ablation changes."""
-    points, n = given.shape[:2]
-    batch = plan.batch.select(rows)
-    probes: list[tuple[slice, Tensor]] = []
-
-    def mix(ports: slice, outputs: Tensor) -> Tensor:
-        x = everything(ports, outputs)
-        probes.append((ports, torch.zeros_like(x, memory_format=torch.contiguous_format).requires_grad_()))
-        return x + probes[-1][1]
-
-    with torch.enable_grad():
-        tokens = batch.tokens.repeat(points, 1)
-        stream = run_parts(plan.model, plan.graph, tokens, given.flatten(0, 1), mix)[1]
-        logits = plan.model.finish(stream[batch.read.repeat(points, 1)], {})
-        reference = plan.reference[torch.isin(plan.batch.read.nonzero()[:, 0], rows)].repeat(points, 1)
-        values = plan.metric(logits, batch.select(torch.arange(n).repeat(points)), reference)
-        if not values.requires_grad:
-            raise WorkbenchError(
-                f"Metric {plan.metric.name!r} has no gradient, so that nothing can be attributed with it. "
-                "Use 'logit_difference' or 'loss', or the methods 'exact', 'acdc' and 'greedy'."
-            )
-        gradients = torch.autograd.grad(values.sum(), [probe for _, probe in probes])
     difference = (plan.clean - plan.ablated)[rows]
-    found = difference.new_zeros(n, len(plan.graph.edges))
-    for (ports, _), gradient in zip(probes, gradients, strict=True):
-        _contract(plan.graph, ports, gradient.unflatten(0, (points, n)).mean(0), difference, only_from, given, found)
+    found = difference.new_zeros(len(rows), len(plan.graph.edges))
+    for at in port_gradients(plan, rows, given):
+        _contract(plan.graph, at, difference[:, at.positions], found)
+    if only_from is not None:
+        writers = torch.tensor([edge.writer for edge in plan.graph.edges])
+        found[:, (writers < only_from) | (writers >= given.shape[3])] = 0
     return found
 
 
 def _contract(
-    graph: CircuitGraph,
-    ports: slice,
-    gradient: Float[Tensor, "row pos port d_model"],
-    difference: Float[Tensor, "row pos writer d_model"],
-    only_from: int | None,
-    given: Tensor,
-    found: Float[Tensor, "row edge"],
+    graph: CircuitGraph, at: PortGradient, difference: Float[Tensor, "row some_pos writer d_model"], found: Tensor
 ) -> None:
     """Fill in the scores of the edges into some ports that read the same writers."""
-    n_writers, n_ports = graph.ports[ports.start].n_writers, ports.stop - ports.start
-    first = graph.first_edge[ports.start]
+    n_writers, n_ports = graph.ports[at.ports.start].n_writers, at.ports.stop - at.ports.start
+    first = graph.first_edge[at.ports.start]
+    columns = columns_of(graph, len(graph.column_of) or 1)[at.positions] if graph.columns else None
     by_column = []
     for column in range(graph.n_columns):
-        here = columns_of(graph, gradient.shape[1]) == column
-        left, right = gradient[:, here].transpose(1, 2).flatten(2), difference[:, here, :n_writers].transpose(1, 2)
-        by_column.append(left @ right.flatten(2).transpose(1, 2))
-    scores = torch.stack(by_column, 2)
-    if only_from is not None:
-        scores[..., :only_from] = 0
-        scores[..., given.shape[3] :] = 0
-    found[:, first : first + n_ports * graph.n_columns * n_writers] = scores.flatten(1)
+        here = slice(None) if columns is None else columns == column
+        left = at.gradient[:, here].transpose(1, 2).flatten(2)
+        right = difference[:, here, :n_writers].transpose(1, 2).flatten(2)
+        by_column.append(left @ right.transpose(1, 2))
+    found[:, first : first + n_ports * graph.n_columns * n_writers] = torch.stack(by_column, 2).flatten(1)
 
 
 def _scores(

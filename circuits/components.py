@@ -19,8 +19,8 @@ from workbench.models.bridges import transformer_of
 from workbench.models.transformer import MASKED
 from workbench.runtime import WorkbenchError
 
-Mix = Callable[[slice, Float[Tensor, "row pos writer d_model"]], Float[Tensor, "row pos port d_model"]]
-"""What some ports read of the outputs of all writers before them."""
+Mix = Callable[[slice, Float[Tensor, "row pos writer d_model"]], Float[Tensor, "row pos #port d_model"]]
+"""What some ports read of the outputs of all writers before them; one for all of them where they read the same."""
 
 
 def edge_readable(model: Instrumented) -> EdgeReadable:
@@ -51,39 +51,29 @@ def run_parts(
     model: EdgeReadable,
     graph: CircuitGraph,
     tokens: Int[Tensor, "row pos"],
-    given: Float[Tensor, "row pos given d_model"],
+    inputs: Float[Tensor, "row pos input d_model"],
     mix: Mix,
 ) -> tuple[Float[Tensor, "row pos writer d_model"], Float[Tensor, "row pos d_model"]]:
-    """Every writer's output, and the residual stream that the logits are read from.
-
-    Args:
-        model: whose parts are run.
-        graph: which parts there are.
-        tokens: the prompts; only which of them are padding counts.
-        given: what the first writers write: the inputs, and as many whole layers behind them as are known.
-        mix: what ports read.
-    """
+    """Every writer's output, and the residual stream that the logits are read from."""
     allowed = model.allowed(tokens)
-    outputs, port, before = given, 0, len(graph.inputs)
+    outputs, port = inputs, 0
     every = slice(None)
     for step in range(graph.n_steps):
         heads = len(SLOTS) * graph.n_heads
-        if outputs.shape[2] == before:
-            x = mix(slice(port, port + heads), outputs) + constant_before(model, graph, step)
-            q, k, v = (
-                model.read_heads(step, slot, every, x[:, :, place * graph.n_heads : (place + 1) * graph.n_heads])
-                for place, slot in enumerate(SLOTS)
-            )
-            outputs = torch.cat([outputs, model.write_heads(step, every, attend(q, k, v, allowed))], 2)
-        port, before = port + heads, before + graph.n_heads
+        x = mix(slice(port, port + heads), outputs) + constant_before(model, graph, step)
+        port += heads
+        each = x.split(graph.n_heads, 2) if x.shape[2] > 1 else (x, x, x)
+        q, k, v = (model.read_heads(step, slot, every, read) for slot, read in zip(SLOTS, each, strict=True))
+        outputs = torch.cat([outputs, model.write_heads(step, every, attend(q, k, v, allowed))], 2)
         clusters = [node for node in graph.writers if node.part == "mlp" and node.step == step]
-        if clusters and outputs.shape[2] == before:
+        if clusters:
             x = mix(slice(port, port + len(clusters)), outputs) + constant_before(model, graph, step, mlp=True)
+            port += len(clusters)
+            each = x.expand(-1, -1, len(clusters), -1).unbind(2)
             written = [
-                model.write_neurons(step, graph.neurons(node), x[:, :, place]) for place, node in enumerate(clusters)
+                model.write_neurons(step, graph.neurons(node), read) for node, read in zip(clusters, each, strict=True)
             ]
             outputs = torch.cat([outputs, torch.stack(written, 2)], 2)
-        port, before = port + len(clusters), before + len(clusters)
     return outputs, (mix(slice(port, port + 1), outputs) + constant_before(model, graph, graph.n_steps))[:, :, 0]
 
 
@@ -99,9 +89,9 @@ def attend(
     return torch.einsum("rhds,rshe->rdhe", pattern, v)
 
 
-def everything(ports: slice, outputs: Float[Tensor, "row pos writer d_model"]) -> Float[Tensor, "row pos port d_model"]:
+def everything(ports: slice, outputs: Float[Tensor, "row pos writer d_model"]) -> Float[Tensor, "row pos one d_model"]:
     """The mix of the whole model: every port reads every writer before it."""
-    return outputs.sum(2, keepdim=True).expand(-1, -1, ports.stop - ports.start, -1)
+    return outputs.sum(2, keepdim=True)
 
 
 def weighted(

@@ -7,24 +7,30 @@ edges that help, and between it and 1, which asks for the model's own behaviour,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.circuit import EdgeScores
+from circuits.circuit import Circuit, EdgeScores
 from circuits.controls import random_circuits
+from circuits.discovery import top_n
 from circuits.experiment import Experiment
 from circuits.memoised import circuit_values
 from workbench.intervals import ratio_bootstrap
+from workbench.runtime import WorkbenchError
 from workbench.tables import Table
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all edges at which MIB measures."""
 MOST_SIZES = 30
 """Further sizes, evenly spread over the live edges."""
+MOST_TRIED = 200
+"""Sizes that are tried to find the smallest circuit."""
+ENOUGH = 0.9
+"""Faithfulness, and share of the model's accuracy, from which a circuit counts as found."""
 MOST_CONTROLLED = 8
 """Sizes at which random circuits are drawn."""
 
@@ -154,6 +160,40 @@ def faithfulness_curve(
         controls=controls,
         title=f"{scores.method}: {plan.metric.name}, {plan.ablation} ablation",
     )
+
+
+def smallest_circuit(
+    plan: Experiment,
+    scores: EdgeScores,
+    *,
+    faithfulness: float = ENOUGH,
+    accuracy: float = ENOUGH,
+    absolute: bool = True,
+) -> Circuit:
+    """The smallest circuit from the top of a ranking that is faithful and answers right.
+
+    Every size is tried up to two hundred live edges, evenly spread ones beyond. Accuracy is over the whole vocabulary:
+    it must reach the given share of the model's own.
+
+    Raises:
+        WorkbenchError: no size reaches both; says what the best one reaches.
+    """
+    n_live = int(scores.live.sum())
+    sizes = torch.linspace(0, n_live, min(n_live, MOST_TRIED) + 1).round().int().tolist()[1:]
+    circuits = [top_n(scores, size, absolute=absolute) for size in sizes]
+    keep = torch.stack([circuit.keep for circuit in circuits])
+    accuracies = plan.measured_by("accuracy")
+    restored = (circuit_values(plan, keep) - plan.empty).mean(1) / plan.headroom
+    right = circuit_values(accuracies, keep).mean(1) / accuracies.full.mean().clamp(min=1e-9)
+    good = ((restored >= faithfulness) & (right >= accuracy)).nonzero()[:, 0].tolist()
+    if not good:
+        raise WorkbenchError(
+            f"No circuit of up to {n_live} edges by {scores.method} reaches faithfulness {faithfulness:g} and "
+            f"{accuracy:g} of the model's accuracy; the best reach {float(restored.max()):.3f} and "
+            f"{float(right.max()):.3f}. Ask for a size instead."
+        )
+    best = min((circuits[place] for place in good), key=lambda circuit: circuit.size)
+    return replace(best, rule=f"smallest with faithfulness and accuracy from {faithfulness:g} on; {best.rule}")
 
 
 def _random_band(plan: Experiment, sizes: Sequence[int], controls: int, seed: int) -> Float[Tensor, " size"]:

@@ -44,6 +44,8 @@ def ratio_bootstrap(
     weights = _resample_weights(len(numerator), seed=seed, resamples=resamples)
     above = weights @ numerator.double().reshape(len(numerator), -1)
     below = weights @ denominator.double()
+    # A resample of examples without any difference has no ratio.
+    below = torch.where(below == 0, torch.nan, below)
     ratios = (above / below[:, None]).reshape(resamples, *numerator.shape[1:])
     return _ends(ratios, level, numerator.dtype)
 
@@ -85,5 +87,5 @@ def _resample_weights(n: int, *, seed: int, resamples: int) -> Float[Tensor, "re
 
 def _ends(samples: Tensor, level: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     tail = (1 - level) / 2
-    low, high = torch.quantile(samples, torch.tensor([tail, 1 - tail], dtype=samples.dtype), dim=0)
+    low, high = torch.nanquantile(samples, torch.tensor([tail, 1 - tail], dtype=samples.dtype), dim=0)
     return low.to(dtype), high.to(dtype)

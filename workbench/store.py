@@ -72,6 +72,15 @@ class Result(Protocol):
         ...
 
 
+@runtime_checkable
+class Filed(Protocol):
+    """A result that is kept as files, too, besides its tables: a circuit that other tools can read."""
+
+    def files(self) -> Mapping[str, bytes]:
+        """File name -> content."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
     """A run on disk."""
@@ -335,6 +344,9 @@ def save_result(folder: RunFolder, key: str, result: Result) -> Path:
         content = table.csv().encode()
         write_atomic(path / f"{table.name}.csv", content)
         seal[f"{table.name}.csv"] = digest(content)
+    for name, content in result.files().items() if isinstance(result, Filed) else ():
+        write_atomic(path / name, content)
+        seal[name] = digest(content)
     summary = to_json(result.summary())
     seal["summary.json"] = digest((summary + "\n").encode())
     write_atomic(path / "summary.json", (summary + "\n").encode())
@@ -344,12 +356,18 @@ def save_result(folder: RunFolder, key: str, result: Result) -> Path:
 
 def load_summary(folder: RunFolder, key: str) -> dict[str, Any] | None:
     """The summary kept under a key; None if there is none or what lies there is not what was written."""
+    path = kept_result(folder, key)
+    return None if path is None else read_json(path / "summary.json")
+
+
+def kept_result(folder: RunFolder, key: str) -> Path | None:
+    """The folder of the result kept under a key; None if there is none or what lies there is not what was written."""
     path = folder.results / key
     if not (path / "result.json").is_file():
         return None
     seal = read_json(path / "result.json")["sha256"]
     intact = all((path / name).is_file() and digest((path / name).read_bytes()) == seal[name] for name in seal)
-    return read_json(path / "summary.json") if intact else None
+    return path if intact else None
 
 
 def _finite(content: object) -> object:

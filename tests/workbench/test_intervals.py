@@ -165,3 +165,9 @@ def test_false_discoveries_are_rare() -> None:
         found, false = found + int(kept.sum()), false + int(kept[40:].sum())
     assert found > 20 * 30
     assert false / found < 0.07
+
+
+def test_resamples_without_any_difference_do_not_spoil_the_interval_of_a_ratio() -> None:
+    below = torch.tensor([2.0, 0.0, 0.0, 0.0])
+    low, high = ratio_bootstrap(below, below)
+    assert (float(low), float(high)) == (1, 1)

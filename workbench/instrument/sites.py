@@ -221,9 +221,9 @@ class EdgeReadable(Instrumented, Protocol):
         ...
 
     def read_heads(
-        self, step: int, slot: Slot, heads: slice, x: Float[Tensor, "*rows head d_model"]
+        self, step: int, slot: Slot, heads: slice, x: Float[Tensor, "*rows #head d_model"]
     ) -> Float[Tensor, "*rows head d_head"]:
-        """Queries, keys or values of some heads, each from an input of its own."""
+        """Queries, keys or values of some heads, each from an input of its own, or all from one."""
         ...
 
     def write_heads(

@@ -311,9 +311,9 @@ class Transformer(nn.Module):
         return embedded, self.pos_embed.W_pos[: tokens.shape[1]].expand_as(embedded)
 
     def read_heads(
-        self, step: int, slot: Slot, heads: slice, x: Float[Tensor, "*rows head d_model"]
+        self, step: int, slot: Slot, heads: slice, x: Float[Tensor, "*rows #head d_model"]
     ) -> Float[Tensor, "*rows head d_head"]:
-        """Queries, keys or values of some heads, each from an input of its own."""
+        """Queries, keys or values of some heads, each from an input of its own, or all from one."""
         block = self.block(step)
         x = x if block.ln1 is None else block.ln1(x)
         weight, bias = getattr(block.attn, f"W_{slot.upper()}"), getattr(block.attn, f"b_{slot.upper()}")
