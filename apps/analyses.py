@@ -109,8 +109,7 @@ def kept(
 ) -> dict[str, Any]:
     """The summary of an analysis at a step: the kept one if there is one, else computed and kept."""
     checkpoint = run.checkpoint(step)
-    parents = [checkpoint.sha256, run.checkpoint().sha256]
-    key = result_key(name, {"reference": run.recipe.to_json(), **arguments}, parents)
+    key = key_of(run, name, step, arguments)
     summary = load_summary(run.folder, key)
     if summary is None:
         result = compute(run, checkpoint.step, **arguments)
@@ -118,6 +117,12 @@ def kept(
         summary = load_summary(run.folder, key)
         assert summary is not None
     return {"run": run.reference, "step": checkpoint.step, **summary}
+
+
+def key_of(run: Run, name: str, step: int | None, arguments: Mapping[str, Any]) -> str:
+    """Under which an analysis at a step is kept."""
+    parents = [run.checkpoint(step).sha256, run.checkpoint().sha256]
+    return result_key(name, {"reference": run.recipe.to_json(), **arguments}, parents)
 
 
 def _models(run: Run) -> Iterator[tuple[int, Transformer]]:

@@ -13,28 +13,20 @@ import contextlib
 import gc
 import importlib
 import importlib.metadata
-import io
 import math
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
-from circuits.patching import patch_each
-from workbench.models.bridges import to_bridge
-from workbench.models.config import ModelConfig
-from workbench.models.transformer import Transformer
-from workbench.runtime import WorkbenchError, code_version, generator, nearest, thread_count
+from workbench.runtime import WorkbenchError, code_version, generator, thread_count
 from workbench.store import Provenance
 from workbench.tables import Table
-from workbench.tasks.base import Batch
 
 REPEATS = 7
 ROUND_SECONDS = 0.5
@@ -134,17 +126,6 @@ class BenchmarkResult:
         ]
 
 
-def run_benchmark(name: str, *, repeats: int = REPEATS, seed: int = 0) -> BenchmarkResult:
-    """Measure the benchmark called `name`.
-
-    Raises:
-        WorkbenchError: there is none of that name, or fewer than one round is asked for.
-    """
-    if name not in BENCHMARKS:
-        raise WorkbenchError(f"Unknown benchmark {name!r}. {nearest(name, BENCHMARKS)}")
-    return measure(BENCHMARKS[name](), repeats=repeats, seed=seed)
-
-
 def measure(
     benchmark: Benchmark, *, repeats: int = REPEATS, seed: int = 0, round_seconds: float = ROUND_SECONDS
 ) -> BenchmarkResult:
@@ -231,93 +212,3 @@ def _median(seconds: Sequence[float]) -> float:
 def _versions() -> dict[str, str]:
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformer-lens")}
     return {"python": platform.python_version(), "machine": platform.machine(), **libraries}
-
-
-def _patching(name: str, config: ModelConfig, *, pairs: int, target: float) -> Benchmark:
-    """Denoising every layer and position of `resid_pre`, against TransformerLens' own loop.
-
-    Theirs is the loop alone: the clean run's cache is given to it, gradients are off. Ours is all of `patch_each`: both
-    runs, the sweep, the intervals. Clean and corrupt prompts share their first third, as prompts with one thing changed
-    do.
-    """
-    return Benchmark(
-        name=name,
-        compares="Denoising the residual stream at every layer and position, logit difference at the last position.",
-        peer="transformer_lens.patching.get_act_patch_resid_pre",
-        prepare=partial(_prepare_patching, config, pairs),
-        agreement=_largest_difference,
-        target=target,
-        gate=0.85 * target,
-        conditions={
-            **{name: getattr(config, name) for name in ("n_layers", "d_model", "n_heads", "d_mlp", "d_vocab")},
-            "positions": config.n_ctx,
-            "shared_positions": config.n_ctx // 3,
-            "pairs": pairs,
-        },
-    )
-
-
-def _prepare_patching(config: ModelConfig, pairs: int) -> tuple[Run, Run]:
-    model = Transformer(config, generator=generator(0, "benchmark", "weights")).eval()
-    batch = _random_pairs(config, pairs)
-    bridge, _ = to_bridge(model)
-    # By name: TransformerLens is the rival here, and nothing that an analysis may build on.
-    patching = importlib.import_module("transformer_lens.patching")
-    corrupt, distractors = batch.pairs()
-    rows, answer, distractor = torch.arange(pairs), batch.targets[:, -1], distractors[:, -1]
-
-    def logit_difference(logits: Tensor) -> Tensor:
-        return (logits[rows, -1, answer] - logits[rows, -1, distractor]).mean()
-
-    with torch.no_grad():
-        logits, cache = bridge.run_with_cache(batch.tokens)
-    scale = logits.abs().max()
-
-    def theirs() -> Tensor:
-        # A progress bar is drawn on standard error.
-        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
-            return patching.get_act_patch_resid_pre(bridge, corrupt, cache, logit_difference).flatten() / scale
-
-    def ours() -> Tensor:
-        return patch_each(model, batch, sites="resid_pre", direction="denoise").patched[0] / scale
-
-    return theirs, ours
-
-
-def _random_pairs(config: ModelConfig, pairs: int) -> Batch:
-    """Random prompts and counterfactuals that share their first third."""
-    rng = generator(0, "benchmark", "pairs")
-    tokens, corrupt, answer = (torch.randint(0, config.d_vocab, (pairs, config.n_ctx), generator=rng) for _ in range(3))
-    shared = config.n_ctx // 3
-    corrupt[:, :shared] = tokens[:, :shared]
-    read = torch.zeros_like(tokens, dtype=torch.bool)
-    read[:, -1] = True
-    return Batch(tokens=tokens, targets=answer, read=read, corrupt=corrupt, distractor=(answer + 1) % config.d_vocab)
-
-
-def _largest_difference(theirs: Tensor, ours: Tensor) -> float:
-    return float((theirs - ours).abs().max())
-
-
-def _toy_patching(pairs: int, target: float) -> Benchmark:
-    config = ModelConfig(
-        n_layers=4, d_model=256, n_heads=4, d_head=64, d_mlp=1024, n_ctx=6, d_vocab=2200, d_vocab_out=2200,
-        normalization="LN", activation="gelu", biases=("attn", "mlp", "unembed"),
-    )  # fmt: skip
-    return _patching(f"patch-toy-{pairs}", config, pairs=pairs, target=target)
-
-
-def _gpt2_patching() -> Benchmark:
-    config = ModelConfig(
-        n_layers=12, d_model=768, n_heads=12, d_head=64, d_mlp=3072, n_ctx=16, d_vocab=50257, d_vocab_out=50257,
-        normalization="LN", activation="gelu_new", biases=("attn", "mlp", "unembed"),
-    )  # fmt: skip
-    return _patching("patch-gpt2", config, pairs=4, target=15.0)
-
-
-BENCHMARKS: Mapping[str, Callable[[], Benchmark]] = {
-    "patch-toy-1": partial(_toy_patching, 1, 12.1),
-    "patch-toy-32": partial(_toy_patching, 32, 4.5),
-    "patch-gpt2": _gpt2_patching,
-}
-"""What can be measured, by name."""

@@ -86,6 +86,36 @@ def build_parser() -> argparse.ArgumentParser:
     patch.add_argument("--direction", choices=("denoise", "noise", "both"), default="both")
     patch.add_argument("--metric", default="logit_difference")
 
+    circuit = add("circuit", "find a circuit and judge it")
+    _add_run(circuit)
+    _add_pairs(circuit)
+    circuit.add_argument(
+        "--method", default="eap-ig", help="exact, eap, eap-ig, eap-ig-activations, acdc, greedy, mask, ifr"
+    )
+    circuit.add_argument("--edges", type=int, help="how many to keep (default: the fewest that do the task)")
+    circuit.add_argument("--threshold", type=float, help="instead: the least score to keep, for acdc the metric's loss")
+    circuit.add_argument("--ablation", choices=("resample", "mean", "zero"), default="resample")
+    circuit.add_argument("--metric", default="logit_difference")
+    circuit.add_argument(
+        "--signed", action="store_true", help="rank by signed scores: edges that help, not those that hurt"
+    )
+    circuit.add_argument(
+        "--granularity", choices=("component", "inputs", "positions"), default="component",
+        help="inputs: token and position apart; positions: every edge at every position, too",
+    )  # fmt: skip
+    circuit.add_argument("--seed", type=int, default=0, help="of the pairs and of what is drawn at random")
+    circuit.add_argument("--out", type=Path, help="also write the circuit: .json, .eap.json, .pt, .graphml or .dot")
+
+    card = add("scorecard", "circuit finders against models whose circuit is known")
+    card.add_argument("--methods", help="comma-separated (default: all)")
+    card.add_argument("--circuits", help="comma-separated names of known circuits (default: all)")
+    card.add_argument("--ablations", help="comma-separated (default: all)")
+    card.add_argument("--out", type=Path, help="also write the tables as CSV into this folder")
+
+    bench = add("bench", "benchmarks: CPU time as a ratio to a named peer")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
+    bench.add_argument("--repeats", type=int, default=None, help="rounds of each")
+
     imported = add("import", "make a run of your own model and pairs", function="import_model")
     imported.add_argument(
         "model", help="state dict with its config, HookedTransformer's, Hugging Face folder, file.py:function"

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.runtime import WorkbenchError, is_main_process
-from workbench.store import RunFolder, gallery_names, new_run, run_names, runs_root
+from workbench.store import RunFolder, gallery_names, new_run, run_names, runs_root, write_atomic
 
 if TYPE_CHECKING:
     from workbench.store import Result
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from workbench.training.recipes import Recipe
 
 
+ROWS = ("cells", "minimality")
+"""Lists of rows that are printed as a table, the first that a result has."""
 RUN_COLUMNS = ("run", "recipe", "steps", "test_accuracy", "step_memorised", "step_generalised", "status")
 
 
@@ -123,6 +126,48 @@ def patch(options: argparse.Namespace) -> Printout:
     return _analyse(options, "patch", patch_of, {name: getattr(options, name) for name in names})
 
 
+def circuit(options: argparse.Namespace) -> Printout:
+    """A circuit, found and judged, at one checkpoint or all."""
+    from apps.circuits_of_runs import circuit_of
+
+    names = ("method", "edges", "threshold", "ablation", "metric", "granularity", "n", "split", "seed")
+    arguments = {**{name: getattr(options, name) for name in names}, "absolute": not options.signed}
+    with _share_bar(f"circuit {options.run}") as on_progress:
+        printout = _analyse(options, "circuit", partial(circuit_of, on_progress=on_progress), arguments)
+    if options.out is not None:
+        _export_circuit(options, arguments)
+    return printout
+
+
+def scorecard(options: argparse.Namespace) -> Printout:
+    """The score card."""
+    from circuits.scorecard import scorecard as make_card
+
+    with _stopwatch() as clock, _share_bar("scorecard") as on_progress:
+        card = make_card(
+            finders=_listed(options.methods),
+            circuits=_listed(options.circuits),
+            ablations=_listed(options.ablations),
+            on_progress=on_progress,
+        )
+    if options.out is not None:
+        for table in card.tables():
+            write_atomic(options.out / f"{table.name}.csv", table.csv().encode())
+    text = "\n\n".join(table.frame.to_string(index=False, float_format="{:.3f}".format) for table in card.tables())
+    return Printout(content={**card.summary(), **clock}, text=text)
+
+
+def bench(options: argparse.Namespace) -> Printout:
+    """Benchmarks, one after another."""
+    from apps.bench import REPEATS
+    from apps.benchmarks import BENCHMARKS, run_benchmark
+
+    found = [run_benchmark(name, repeats=options.repeats or REPEATS).summary() for name in options.names or BENCHMARKS]
+    columns = ("name", "ratio", "ratio_interval", "gate", "met", "agreement", "n", "peer")
+    met = all(each["met"] for each in found)
+    return Printout(content={"benchmarks": found, "met": met}, text=_columns(found, columns))
+
+
 def import_model(options: argparse.Namespace) -> Printout:
     """A run from a model and pairs of the user's own."""
     from workbench.training.imports import import_run
@@ -177,9 +222,26 @@ def _analyse(
         return Printout(content=content, text="\n\n".join(_pairs(_scalars(each)) for each in found))
     with _stopwatch() as clock:
         found_one = kept(run, name, compute, _step(options.checkpoint), arguments)
-    cells = found_one.get("cells")
-    text = _pairs(_scalars(found_one)) + ("\n\n" + _columns(cells, tuple(cells[0])) if cells else "")
+    rows = next((found_one[name] for name in ROWS if found_one.get(name)), None)
+    text = _pairs(_scalars(found_one)) + ("\n\n" + _columns(rows, tuple(rows[0])) if rows else "")
     return Printout(content={**found_one, **clock}, text=text)
+
+
+def _export_circuit(options: argparse.Namespace, arguments: Mapping[str, Any]) -> None:
+    """Write the circuit that is kept of a checkpoint into a file of the format that its name asks for."""
+    from apps.analyses import key_of
+    from circuits.exchange import load_circuit, save_circuit
+    from workbench.training.checkpoints import load
+
+    if options.checkpoint == "all":
+        raise WorkbenchError("--out writes one circuit: name one checkpoint, not 'all'.")
+    run = load(options.run, runs=options.runs)
+    kept = run.folder.results / key_of(run, "circuit", _step(options.checkpoint), arguments)
+    save_circuit(options.out, load_circuit(kept / "circuit.json"))
+
+
+def _listed(names: str | None) -> list[str] | None:
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _step(checkpoint: str | None) -> int | None:
@@ -269,7 +331,9 @@ def _no_runs(options: argparse.Namespace) -> str:
 
 
 def _scalars(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key != "cells"}
+    """What fits on a line; lists of rows have tables of their own or are for programs."""
+    lists = {key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+    return {key: value for key, value in content.items() if key not in lists}
 
 
 def _pairs(content: Mapping[str, Any]) -> str:
@@ -333,6 +397,24 @@ def _progress_bar(title: str, recipe: Recipe) -> Iterator[Callable[[int, int, Ma
                 f"{split} {row[f'{split}_loss']:.1e} {row[f'{split}_accuracy']:6.1%}" for split in ("train", "test")
             )
             progress.update(bar, completed=step, latest=latest)
+
+        yield on_progress
+
+
+@contextmanager
+def _share_bar(title: str) -> Iterator[Callable[[float], None]]:
+    """A plain bar on standard error that shows a share; it appears with the first."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    progress = Progress(console=Console(stderr=True))
+    bar = progress.add_task(title, total=1.0)
+    with ExitStack() as stack:
+
+        def on_progress(share: float) -> None:
+            if not progress.live.is_started:
+                stack.enter_context(progress)
+            progress.update(bar, completed=share)
 
         yield on_progress
 

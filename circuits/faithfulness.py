@@ -9,7 +9,7 @@ out (necessity) (Wang et al. 2023, §4; Mueller et al. 2025).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -23,6 +23,7 @@ from circuits.curve import FaithfulnessCurve, faithfulness_curve
 from circuits.experiment import Experiment, experiment
 from circuits.memoised import circuit_values
 from circuits.minimality import Minimality, minimality
+from circuits.own_files import to_json
 from workbench.instrument.sites import Instrumented
 from workbench.intervals import paired_bootstrap, ratio_bootstrap
 from workbench.metrics import Metric
@@ -118,6 +119,10 @@ class Evaluation:
             "n": self.n,
             "seconds": self.seconds,
         }
+
+    def files(self) -> Mapping[str, bytes]:
+        """The circuit with all scores, as `circuits.exchange.load_circuit` reads it."""
+        return {"circuit.json": to_json(self.circuit)}
 
     def tables(self) -> Sequence[Table]:
         """The numbers, minimality edge by edge, and the curve."""

@@ -11,7 +11,7 @@ Behind the last step's keys and values, only the positions that are read are com
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -162,13 +162,15 @@ def _heads(
     clean = cache.stream(before.shape[1], step, mlp=False)
     for head in range(graph.n_heads):
         chosen, read, of_circuit = slice(head, head + 1), {}, []
-        for place, slot in enumerate(SLOTS):
-            port = first_port + place * graph.n_heads + head
-            states, ids = _states(cache, keep, before, port)
+        ports = [first_port + place * graph.n_heads + head for place in range(len(SLOTS))]
+        alive = _alive(cache, keep, before, ports)
+        for port, slot in zip(ports, SLOTS, strict=True):
+            states, ids = _states(cache, keep[alive], before[alive], port)
             x = _inputs(cache, variants, states, clean, where if slot == "q" else every)
             read[slot] = model.read_heads(step, slot, chosen, x[..., None, :])[..., 0, :]
             of_circuit.append(ids)
-        combinations, ids = _distinct(torch.stack(of_circuit, 1))
+        combinations, which = _distinct(torch.stack(of_circuit, 1))
+        ids = torch.full_like(before[:, 0], ABLATED).masked_scatter(alive, which)
         if len(combinations) == 1:
             yield ids, None
             continue
@@ -188,7 +190,10 @@ def _cluster(
     """The variants of an MLP, or of a cluster of its neurons."""
     graph, model = cache.experiment.graph, cache.experiment.model
     reader = graph.ports[port]
-    states, ids = _states(cache, keep, variants.ids[:, : reader.n_writers], port)
+    before = variants.ids[:, : reader.n_writers]
+    alive = _alive(cache, keep, before, [port])
+    states, which = _states(cache, keep[alive], before[alive], port)
+    ids = torch.full_like(before[:, 0], ABLATED).masked_scatter(alive, which)
     if len(states) == 1:
         return ids, None
     clean = cache.stream(reader.n_writers, step, mlp=True)
@@ -216,6 +221,23 @@ def _measured(experiment: Experiment, x: Float[Tensor, "state read d_model"]) ->
     logits = experiment.model.finish(x, {}).flatten(0, 1)
     tiled = experiment.batch.select(torch.arange(n).repeat(states))
     return experiment.metric(logits, tiled, experiment.reference.repeat(states, 1)).view(states, n)
+
+
+def _alive(
+    cache: _Cache, keep: Bool[Tensor, "circuit edge"], ids: Int[Tensor, "circuit writer"], ports: Sequence[int]
+) -> Bool[Tensor, " circuit"]:
+    """Circuits in which a node reads anything but ablated values.
+
+    Where these are the counterfactual run's, a node that reads nothing else writes what it writes in that run: its
+    ablated value. Zeros and means are of no run.
+    """
+    if cache.experiment.ablation != "resample":
+        return torch.ones(len(keep), dtype=torch.bool)
+    alive = torch.zeros(len(keep), dtype=torch.bool)
+    for port in ports:
+        kept = keep[:, cache.experiment.graph.of_port(port)].unflatten(1, (-1, ids.shape[1]))
+        alive |= (kept & (ids != ABLATED)[:, None]).flatten(1).any(1)
+    return alive
 
 
 def _states(
@@ -246,16 +268,17 @@ def _inputs(
     state, column, writer = states.nonzero().unbind(1)
     which = states[state, column, writer]
     items = torch.tensor(variants.rows, dtype=torch.long)[writer] + torch.where(which == ABLATED, 0, which)
-    bags, firsts, total = [], [], 0
-    for position in where.tolist():
-        here = column == cache.columns[position]
-        counts = torch.bincount(state[here], minlength=len(states))
-        firsts.append(counts.cumsum(0) - counts + total)
-        bags.append(items[here] * n_positions + position)
-        total += int(counts.sum())
     table = variants.table.rows.view(-1, n_examples * d_model)
-    added = functional.embedding_bag(torch.cat(bags), table, torch.cat(firsts), mode="sum")
-    return clean[where][:, None] + added.view(len(where), len(states), n_examples, d_model)
+    found = clean[where][:, None].repeat(1, len(states), 1, 1)
+    for each in column.unique().tolist():
+        in_column = column == each
+        here = (cache.columns[where] == each).nonzero()[:, 0]
+        counts = torch.bincount(state[in_column], minlength=len(states))
+        firsts = (counts.cumsum(0) - counts) + len(items[in_column]) * torch.arange(len(here))[:, None]
+        bags = items[in_column] * n_positions + where[here][:, None]
+        added = functional.embedding_bag(bags.flatten(), table, firsts.flatten(), mode="sum")
+        found[here] += added.view(len(here), len(states), n_examples, d_model)
+    return found
 
 
 def _attend(

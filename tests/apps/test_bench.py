@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from apps.bench import BENCHMARKS, Benchmark, BenchmarkResult, _patching, measure, run_benchmark
+from apps import benchmarks
+from apps.bench import Benchmark, BenchmarkResult, measure
+from apps.benchmarks import BENCHMARKS, _acdc, _curve, _eap_ig, _patching, run_benchmark
+from circuits.memoised import circuit_values
 from workbench.models.config import ModelConfig
 from workbench.runtime import WorkbenchError
 
@@ -164,12 +168,26 @@ def test_patching_that_finds_something_else_is_caught(monkeypatch: pytest.Monkey
     assert not toy_patching().agrees
 
 
+@pytest.mark.parametrize(
+    "make", [partial(_eap_ig, "toy"), partial(_acdc, "toy", shares=(0.1,)), partial(_curve, "toy")]
+)
+def test_circuits_agree_with_the_plain_way_on_a_toy_shape(make: Callable[[ModelConfig], Benchmark]) -> None:
+    result = measure(make(TOY), repeats=2, round_seconds=0)
+    assert result.agrees
+    assert result.ratio > 0
+
+
+def test_a_curve_that_finds_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "circuit_values", lambda plan, keep: circuit_values(plan, ~keep))
+    assert not measure(_curve("toy", TOY), repeats=1, round_seconds=0).agrees
+
+
 def test_every_benchmark_is_named_as_it_is_registered() -> None:
     for name, make in BENCHMARKS.items():
         benchmark = make()
         assert benchmark.name == name
         assert 0 < benchmark.gate <= benchmark.target
-    assert {"patch-toy-1", "patch-toy-32", "patch-gpt2"} <= set(BENCHMARKS)
+    assert {"patch-toy-1", "patch-toy-32", "patch-gpt2", "acdc", "curve"} <= set(BENCHMARKS)
 
 
 def test_bad_input_is_one_clear_error() -> None:
