@@ -92,8 +92,15 @@ class EdgeScores:
         Args:
             absolute: whether an edge that hurts counts as much as one that helps.
         """
-        importance = self.importance.abs() if absolute else self.importance
-        return importance.argsort(descending=True, stable=True)
+        return self.strength(absolute=absolute).argsort(descending=True, stable=True)
+
+    def strength(self, *, absolute: bool) -> Float[Tensor, " edge"]:
+        """What edges are ranked by.
+
+        Scores that are no effects keep their sign even then: the log alpha of a closed gate is negative and large.
+        """
+        is_effect = self.scale == self.terms.unit
+        return self.importance.abs() if absolute and is_effect else self.importance
 
     @property
     def frame(self) -> pd.DataFrame:

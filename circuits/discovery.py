@@ -165,7 +165,7 @@ def top_n(scores: EdgeScores, edges: int, *, absolute: bool = True) -> Circuit:
 
 def above(scores: EdgeScores, threshold: float, *, absolute: bool = True) -> Circuit:
     """The live edges with a score from a threshold on, less what then dangles."""
-    importance = scores.importance.abs() if absolute else scores.importance
+    importance = scores.strength(absolute=absolute)
     keep = scores.live & (importance >= threshold)
     return _circuit(scores, keep, f"{_kind(absolute)} scores from {threshold:g} on", None, absolute)
 
@@ -179,7 +179,7 @@ def grow(scores: EdgeScores, edges: int, *, absolute: bool = True) -> Circuit:
         WorkbenchError: more edges are asked for than there are, or fewer than one.
     """
     _check_wanted(scores.graph, edges, None)
-    importance = scores.importance.abs() if absolute else scores.importance
+    importance = scores.strength(absolute=absolute)
     keep = torch.zeros(len(scores.graph.edges), dtype=torch.bool)
     queue: list[tuple[float, int]] = []
     queued: set[int] = set()

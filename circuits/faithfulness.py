@@ -199,6 +199,7 @@ def judge(
             f"The circuit was found by {circuit.terms.metric} under {circuit.terms.ablation} ablation; this experiment "
             f"measures {plan.metric.name} under {plan.ablation} ablation. Make both the same."
         )
+    _check_told_from_none(plan, seed)
     keep = circuit.keep
     size = min(circuit.size, int(plan.graph.connected(plan.live).sum()))
     random = random_circuits(plan.graph, plan.live, edges=size, n=controls if size else 0, seed=seed)
@@ -267,6 +268,17 @@ def completeness(plan: Experiment, keep: Bool[Tensor, " edge"], *, seed: int = 0
 def faithfulness_of(plan: Experiment, values: Float[Tensor, "circuit batch"]) -> Float[Tensor, " circuit"]:
     """Share of the headroom that each circuit restores, from its metric."""
     return (values - plan.empty).mean(1) / plan.headroom
+
+
+def _check_told_from_none(plan: Experiment, seed: int) -> None:
+    """Raise a WorkbenchError where the headroom may be 0, of which no share means anything."""
+    low, high = (float(end) for end in paired_bootstrap(plan.full - plan.empty, seed=seed))
+    if low <= 0 <= high:
+        raise WorkbenchError(
+            f"Headroom is not told from 0: mean {plan.metric.name} of the whole model minus that with every edge ablated "
+            f"is {plan.headroom:.3g} [{low:.3g}, {high:.3g}], n = {len(plan.batch)}. Take more pairs, a checkpoint that "
+            "tells them apart, or another metric."
+        )
 
 
 def _gaps(plan: Experiment, keep: Bool[Tensor, " edge"], parts: Bool[Tensor, "part edge"]) -> Float[Tensor, " part"]:

@@ -61,7 +61,7 @@ def _flow(plan: Experiment, rows: Tensor) -> Float[Tensor, "row edge"]:
     for place in reversed(range(len(graph.ports))):
         port = graph.ports[place]
         if port.node.part == "logits":
-            arriving = read / read.sum(1, keepdim=True)
+            arriving = read / read.sum(1, keepdim=True).clamp(min=1)
         else:
             arriving = writing[:, :, place_of[port.node.name]]
             if port.slot in ("k", "v"):
