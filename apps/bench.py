@@ -9,7 +9,6 @@ A benchmark is one function that returns a `Benchmark`, and an entry in `BENCHMA
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import importlib.metadata
@@ -17,14 +16,14 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import torch
 
-from workbench.runtime import WorkbenchError, code_version, generator, thread_count
+from workbench.runtime import WorkbenchError, code_version, generator, one_thread, thread_count
 from workbench.store import Provenance
 from workbench.tables import Table
 
@@ -142,7 +141,7 @@ def measure(
     """
     if repeats < 1:
         raise WorkbenchError(f"A benchmark needs at least 1 round, got {repeats}.")
-    with _one_thread():
+    with one_thread():
         threads, load = thread_count(), os.getloadavg()[0]
         sides = benchmark.prepare()
         calls = [max(1, math.ceil(round_seconds / max(_timed(side, 1)[1], 1e-6))) for side in sides]
@@ -183,16 +182,6 @@ def _timed(side: Run, calls: int) -> tuple[Any, float]:
         return result, (time.process_time() - begun) / calls
     finally:
         gc.enable()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _interval(theirs: Sequence[float], ours: Sequence[float], *, seed: int) -> tuple[float, float]:

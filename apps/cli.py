@@ -100,6 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--signed", action="store_true", help="rank by signed scores: edges that help, not those that hurt"
     )
     circuit.add_argument(
+        "--select", choices=("top", "grow"), default="top", help="the largest scores, or grown from the logits"
+    )
+    circuit.add_argument(
         "--granularity", choices=("component", "inputs", "positions"), default="component",
         help="inputs: token and position apart; positions: every edge at every position, too",
     )  # fmt: skip

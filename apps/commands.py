@@ -128,11 +128,20 @@ def patch(options: argparse.Namespace) -> Printout:
 
 def circuit(options: argparse.Namespace) -> Printout:
     """A circuit, found and judged, at one checkpoint or all."""
-    from apps.circuits_of_runs import circuit_of
+    from apps.circuits_of_runs import circuit_of, history_of
 
+    through = options.checkpoint == "all"
     names = ("method", "edges", "threshold", "ablation", "metric", "granularity", "n", "split", "seed")
+    names = names if through else (*names, "select")
     arguments = {**{name: getattr(options, name) for name in names}, "absolute": not options.signed}
+    if through and options.out is not None:
+        raise WorkbenchError("--out writes one circuit: name one checkpoint, not 'all'.")
+    if through and options.select != "top":
+        raise WorkbenchError("Through training the largest scores are taken: leave --select out.")
     with _share_bar(f"circuit {options.run}") as on_progress:
+        if through:
+            once = argparse.Namespace(**{**vars(options), "checkpoint": None})
+            return _analyse(once, "circuit_history", partial(history_of, on_progress=on_progress), arguments)
         printout = _analyse(options, "circuit", partial(circuit_of, on_progress=on_progress), arguments)
     if options.out is not None:
         _export_circuit(options, arguments)
@@ -233,8 +242,6 @@ def _export_circuit(options: argparse.Namespace, arguments: Mapping[str, Any]) -
     from circuits.exchange import load_circuit, save_circuit
     from workbench.training.checkpoints import load
 
-    if options.checkpoint == "all":
-        raise WorkbenchError("--out writes one circuit: name one checkpoint, not 'all'.")
     run = load(options.run, runs=options.runs)
     kept = run.folder.results / key_of(run, "circuit", _step(options.checkpoint), arguments)
     save_circuit(options.out, load_circuit(kept / "circuit.json"))
@@ -403,11 +410,23 @@ def _progress_bar(title: str, recipe: Recipe) -> Iterator[Callable[[int, int, Ma
 
 @contextmanager
 def _share_bar(title: str) -> Iterator[Callable[[float], None]]:
-    """A plain bar on standard error that shows a share; it appears with the first."""
+    """A plain bar on standard error that shows a share, from the first on; in a log file a line a per cent."""
     from rich.console import Console
     from rich.progress import Progress
 
-    progress = Progress(console=Console(stderr=True))
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        told = -1
+
+        def on_share(share: float) -> None:
+            nonlocal told
+            if int(100 * share) > told:
+                told = int(100 * share)
+                console.print(f"{title} {told} %")
+
+        yield on_share
+        return
+    progress = Progress(console=console)
     bar = progress.add_task(title, total=1.0)
     with ExitStack() as stack:
 

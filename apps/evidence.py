@@ -25,6 +25,10 @@ from apps.analyses import (
     patch_of,
     shuffled_fourier_of,
 )
+from apps.circuits_of_runs import circuit_of, clusters_of, history_of
+from circuits.clusters import ClusterShares
+from circuits.faithfulness import Evaluation
+from circuits.moments import CircuitHistory
 from circuits.patching import PatchMap
 from probes.attribution import Attribution, direct_logit_attribution
 from probes.fourier import FourierResult
@@ -62,6 +66,12 @@ class Evidence:
     """By component."""
     heads: Attribution | None
     """The same with attention split into heads."""
+    circuit: Evaluation | None
+    """The smallest circuit that does the task."""
+    clusters: ClusterShares | None
+    """What the neurons of each key frequency carry."""
+    history: CircuitHistory | None
+    """The circuit of that size at every checkpoint."""
     left_out: Mapping[str, str]
     """Why an analysis is not there, by its name."""
 
@@ -90,6 +100,7 @@ def gather(run: Run) -> Evidence:
 
     split, n = pairs_to_look_at(run)
     final = attempt("Fourier analysis", lambda: fourier_of(run))
+    circuit = attempt("circuit", lambda: circuit_of(run, n=n, split=split))
     return Evidence(
         run=run,
         final=final,
@@ -103,6 +114,11 @@ def gather(run: Run) -> Evidence:
             "direct logit attribution by head",
             lambda: direct_logit_attribution(run.model(), pairs_of(run, n, split), by="head"),
         ),
+        circuit=circuit,
+        clusters=None if final is None else attempt("clusters", lambda: clusters_of(run, n=n, split=split)),
+        history=None
+        if circuit is None
+        else attempt("circuit through training", lambda: _history(run, circuit, n, split)),
         left_out=left_out,
     )
 
@@ -119,6 +135,13 @@ def _memorised(run: Run) -> FourierResult | None:
     step = run.log.step_memorised
     kept = {checkpoint.step for checkpoint in run.checkpoints}
     return fourier_of(run, step) if step in kept and step != run.checkpoint().step else None
+
+
+def _history(run: Run, circuit: Evaluation, n: int, split: str) -> CircuitHistory | None:
+    """The circuit at every checkpoint, if there is more than one."""
+    if len(run.checkpoints) < 2:
+        return None
+    return history_of(run, edges=circuit.circuit.requested, n=n, split=split)
 
 
 def _progress(run: Run, final: FourierResult) -> ProgressMeasures:

@@ -50,6 +50,36 @@ REFERENCES = {
     reference.key: reference
     for reference in (
         _reference(
+            "wang2023interpretability",
+            "inproceedings",
+            author="Wang, Kevin and Variengien, Alexandre and Conmy, Arthur and Shlegeris, Buck and Steinhardt, Jacob",
+            title="Interpretability in the Wild: a Circuit for Indirect Object Identification in {GPT-2} Small",
+            year="2023",
+            booktitle="International Conference on Learning Representations",
+            eprint="2211.00593",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "hanna2024have",
+            "inproceedings",
+            author="Hanna, Michael and Pezzelle, Sandro and Belinkov, Yonatan",
+            title="Have Faith in Faithfulness: Going Beyond Circuit Overlap When Finding Model Mechanisms",
+            year="2024",
+            booktitle="Conference on Language Modeling",
+            eprint="2403.17806",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "mueller2025mib",
+            "inproceedings",
+            author="Mueller, Aaron and Geiger, Atticus and Wiegreffe, Sarah and others",
+            title="{MIB}: A Mechanistic Interpretability Benchmark",
+            year="2025",
+            booktitle="International Conference on Machine Learning",
+            eprint="2504.13151",
+            archiveprefix="arXiv",
+        ),
+        _reference(
             "power2022grokking",
             "misc",
             author="Power, Alethea and Burda, Yuri and Edwards, Harri and Babuschkin, Igor and Misra, Vedant",

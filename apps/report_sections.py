@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from apps.evidence import Evidence, claims, claims_table
+from circuits.faithfulness import Share
 from probes.fourier import LOSS_LABELS, FourierResult
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
@@ -42,6 +43,9 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
         _patching(evidence),
         _lens(evidence),
         _attribution(evidence),
+        _circuit(evidence),
+        _clusters(evidence),
+        _history(evidence),
     )
     return tuple(section for section in found if section is not None)
 
@@ -292,4 +296,61 @@ def _attribution(evidence: Evidence) -> Section | None:
         "intervals.",
         tables=(*attribution.tables(), *by_head),
         references=("elhage2021mathematical", "efron1979bootstrap"),
+    )
+
+
+def _circuit(evidence: Evidence) -> Section | None:
+    found = evidence.circuit
+    if found is None:
+        return None
+    circuit = found.circuit
+    band = (
+        ""
+        if found.random_95 is None
+        else (
+            f" Of {len(found.controls)} random connected circuits of this size 95 % stay below {found.random_95:.3g}."
+        )
+    )
+    return Section(
+        title="Circuit",
+        text=f"The smallest circuit from the top of the {circuit.method} ranking that keeps 90 % of the metric and of "
+        f"the accuracy on the pairs that it was found on: {circuit.size} of {len(circuit.graph.edges)} edges, "
+        f"{found.live_edges} of which can change an answer at all. All other edges carry the counterfactual run's "
+        f"values ({circuit.terms.ablation} ablation). Judged on another draw of n = {found.n} pairs: faithfulness "
+        f"{_with_interval(found.faithfulness)}, accuracy over the whole vocabulary {_with_interval(found.accuracy)} "
+        f"(the model's own: {found.model_accuracy:.3g}).{band} With the circuit ablated and all else kept, "
+        f"{_with_interval(found.necessity)} of the metric is lost. Taking one part out of the circuit and of the "
+        f"model drives the two apart by at most {found.completeness:.3g}.",
+        tables=tuple(found.tables()),
+        references=("wang2023interpretability", "hanna2024have", "mueller2025mib", "efron1979bootstrap"),
+    )
+
+
+def _with_interval(share: Share) -> str:
+    return f"{share.value:.3g} [{share.low:.3g}, {share.high:.3g}]"
+
+
+def _clusters(evidence: Evidence) -> Section | None:
+    clusters = evidence.clusters
+    if clusters is None:
+        return None
+    return Section(
+        title="The MLP, split by frequency",
+        text="Each live neuron belongs to the key frequency that explains it; a cluster is ablated by ablating every "
+        f"edge out of its neurons. n = {clusters.terms.n} pairs, 95 % paired bootstrap intervals.",
+        tables=tuple(clusters.tables()),
+        references=("nanda2023progress", "efron1979bootstrap"),
+    )
+
+
+def _history(evidence: Evidence) -> Section | None:
+    history = evidence.history
+    if history is None:
+        return None
+    return Section(
+        title="The circuit through training",
+        text="The same method, size and pairs at every checkpoint. Where the model does not tell the pairs apart, "
+        "there is no circuit to find.",
+        tables=tuple(history.tables()),
+        references=("hanna2024have", "efron1979bootstrap"),
     )

@@ -75,18 +75,25 @@ def acdc_of_size(plan: Experiment, edges: int, *, on_progress: OnProgress | None
     """
     low, high = 1e-6 * abs(plan.headroom), 2 * float((plan.full - plan.empty).abs().max())
     best = acdc(plan, high)
+    # Edges that work against each other can cost more than all of them together.
+    while int(best.keep.sum()) > edges:
+        low, high = high, 4 * high
+        best = acdc(plan, high)
     for done in range(BISECTIONS):
         middle = (low * high) ** 0.5
-        found = acdc(plan, middle)
+        found = acdc(plan, middle, on_progress=_part(on_progress, done))
         if int(found.keep.sum()) <= edges:
             best, high = found, middle
         else:
             low = middle
-        if on_progress:
-            on_progress((done + 1) / BISECTIONS)
         if int(best.keep.sum()) == edges:
             break
     return best
+
+
+def _part(on_progress: OnProgress | None, done: int) -> OnProgress | None:
+    """What one of the bisections tells its share to."""
+    return None if on_progress is None else lambda share: on_progress((done + share) / BISECTIONS)
 
 
 def _groups(plan: Experiment) -> list[list[int]]:

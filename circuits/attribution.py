@@ -11,7 +11,7 @@ Every score is the metric of the clean run minus that with the edge ablated: pos
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -28,6 +28,9 @@ from workbench.runtime import WorkbenchError
 
 POINTS = 5
 """Points of an integration path, as Hanna et al. found enough."""
+AT_ONCE = 512
+"""Single edges that are ablated in one call."""
+OnProgress = Callable[[float], None]
 ELEMENTS = 2**25
 """Numbers that the gradients of one pass may hold."""
 
@@ -43,14 +46,17 @@ def terms_of(plan: Experiment) -> Terms:
     )
 
 
-def exact_scores(plan: Experiment) -> EdgeScores:
-    """Ablate every live edge by itself and measure; what is not live changes nothing."""
+def exact_scores(plan: Experiment, *, on_progress: OnProgress | None = None) -> EdgeScores:
+    """Ablate every edge by itself and measure, but for those that carry the same in both runs."""
     begun = time.perf_counter()
-    singles = plan.live.nonzero()[:, 0]
-    keep = torch.ones(len(singles), len(plan.graph.edges), dtype=torch.bool)
-    keep[torch.arange(len(singles)), singles] = False
+    singles = plan.carrying.nonzero()[:, 0]
     examples = plan.full.new_zeros(len(plan.batch), len(plan.graph.edges))
-    examples[:, singles] = plan.full[:, None] - circuit_values(plan, keep).T
+    for some in singles.split(AT_ONCE):
+        keep = torch.ones(len(some), len(plan.graph.edges), dtype=torch.bool)
+        keep[torch.arange(len(some)), some] = False
+        examples[:, some] = plan.full[:, None] - circuit_values(plan, keep).T
+        if on_progress:
+            on_progress(float((singles <= some[-1]).float().mean()))
     return _scores(plan, "exact", examples, begun, reference="clean run", rule="each edge patched by itself")
 
 
@@ -67,11 +73,11 @@ def eap(plan: Experiment, *, reference: Literal["clean", "ablated"] = "clean") -
     begun = time.perf_counter()
     if plan.metric.needs_reference and reference == "clean":
         raise WorkbenchError(
-            f"Metric {plan.metric.name!r} is least at the clean run, where its gradient is zero for every edge. Take the "
-            "gradient at the ablated run, or use eap-ig."
+            f"Metric {plan.metric.name!r} is least at the clean run, where its gradient is zero for every edge. Take "
+            "the gradient at the ablated run, or use eap-ig."
         )
     share = 1.0 if reference == "clean" else 0.0
-    examples = _integrated(plan, 0, len(plan.graph.inputs), [share])
+    examples = _integrated(plan, _inputs(plan.graph), [share])
     return _scores(plan, "eap", examples, begun, reference=f"{reference} run", rule="gradient at one point")
 
 
@@ -86,7 +92,7 @@ def eap_ig(plan: Experiment, *, points: int = POINTS) -> EdgeScores:
     """
     begun = time.perf_counter()
     _check_points(points)
-    examples = _integrated(plan, 0, len(plan.graph.inputs), [k / points for k in range(points)])
+    examples = _integrated(plan, _inputs(plan.graph), [k / points for k in range(points)])
     rule = f"left Riemann sum of {points} points on the inputs"
     return _scores(plan, "eap-ig", examples, begun, reference="path from the ablated to the clean run", rule=rule)
 
@@ -104,8 +110,8 @@ def eap_ig_activations(plan: Experiment, *, points: int = POINTS) -> EdgeScores:
     _check_points(points)
     shares = [k / points for k in range(1, points + 1)]
     examples = plan.full.new_zeros(len(plan.batch), len(plan.graph.edges))
-    for first, end in _layers(plan.graph):
-        examples = examples + _integrated(plan, first, end, shares)
+    for layer in _layers(plan.graph):
+        examples = examples + _integrated(plan, layer, shares, scored=layer)
     rule = f"right Riemann sum of {points} points on each layer's output"
     return _scores(
         plan, "eap-ig-activations", examples, begun, reference="paths from the ablated to the clean run", rule=rule
@@ -117,8 +123,12 @@ def _check_points(points: int) -> None:
         raise WorkbenchError(f"A path needs at least 1 point, got {points}.")
 
 
-def _layers(graph: CircuitGraph) -> Iterator[tuple[int, int]]:
-    """First and end of the writers that write together: inputs, the heads of a step, its MLP."""
+def _inputs(graph: CircuitGraph) -> slice:
+    return slice(0, len(graph.inputs))
+
+
+def _layers(graph: CircuitGraph) -> Iterator[slice]:
+    """Writers that write together: the inputs, the heads of a step, its MLP."""
     first = 0
     for place in range(1, len(graph.writers) + 1):
         here = graph.writers[first]
@@ -126,14 +136,20 @@ def _layers(graph: CircuitGraph) -> Iterator[tuple[int, int]]:
             here.part,
             here.step,
         ):
-            yield first, place
+            yield slice(first, place)
             first = place
 
 
-def _integrated(plan: Experiment, first: int, end: int, shares: list[float]) -> Float[Tensor, "batch edge"]:
-    """Scores of each example with the gradient averaged over points at which writers `first` to `end` are mixed.
+def _integrated(
+    plan: Experiment, mixed: slice, shares: list[float], *, scored: slice = slice(None)
+) -> Float[Tensor, "batch edge"]:
+    """Scores of each example with the gradient averaged over points at which some writers are mixed.
 
-    With the inputs mixed, every edge is scored; with a later layer mixed, the edges that leave it.
+    Args:
+        plan: the experiment.
+        mixed: writers that go from ablated to clean; all before them are the clean run's.
+        shares: of the clean run, at each point.
+        scored: writers whose edges are scored; the others get 0.
     """
     points = len(shares)
     n_ports, d_model = len(plan.graph.ports), plan.graph.d_model
@@ -141,24 +157,22 @@ def _integrated(plan: Experiment, first: int, end: int, shares: list[float]) -> 
     found = []
     for rows in torch.arange(len(plan.batch)).split(per_pass):
         share = torch.tensor(shares, dtype=plan.clean.dtype)[:, None, None, None, None]
-        clean, ablated = plan.clean[rows, :, :end], plan.ablated[rows, :, :end]
+        clean, ablated = plan.clean[rows, :, : mixed.stop], plan.ablated[rows, :, : mixed.stop]
         given = clean.expand(points, *clean.shape).clone()
-        given[:, :, :, first:] = ablated[:, :, first:] + share * (clean - ablated)[:, :, first:]
-        found.append(_attributed(plan, rows, given, first if first else None))
+        given[:, :, :, mixed] = ablated[:, :, mixed] + share * (clean - ablated)[:, :, mixed]
+        found.append(_attributed(plan, rows, given, scored))
     return torch.cat(found)
 
 
 def _attributed(
-    plan: Experiment, rows: Tensor, given: Float[Tensor, "point row pos given d_model"], only_from: int | None
+    plan: Experiment, rows: Tensor, given: Float[Tensor, "point row pos given d_model"], scored: slice
 ) -> Float[Tensor, "row edge"]:
     """Mean gradient over the points at every port behind what is given, times what each edge's ablation changes."""
-    difference = (plan.clean - plan.ablated)[rows]
+    difference = torch.zeros_like(plan.clean[rows])
+    difference[:, :, scored] = (plan.clean - plan.ablated)[rows][:, :, scored]
     found = difference.new_zeros(len(rows), len(plan.graph.edges))
     for at in port_gradients(plan, rows, given):
         _contract(plan.graph, at, difference[:, at.positions], found)
-    if only_from is not None:
-        writers = torch.tensor([edge.writer for edge in plan.graph.edges])
-        found[:, (writers < only_from) | (writers >= given.shape[3])] = 0
     return found
 
 

@@ -8,7 +8,7 @@ under different terms are refused wherever two of them meet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
@@ -191,15 +191,6 @@ class Circuit:
     def edges(self) -> list[str]:
         """Names of the edges that are kept, in the graph's order."""
         return self.graph.names(self.keep)
-
-    def without(self, *names: str) -> Circuit:
-        """The circuit less some edges, and what dangles then.
-
-        Raises:
-            WorkbenchError: the graph has no such edge.
-        """
-        keep = self.graph.pruned(self.keep & ~self.graph.mask(names), self.terms.ablation)
-        return replace(self, keep=keep, rule=f"{self.rule}, less {', '.join(names)}")
 
     @property
     def frame(self) -> pd.DataFrame:

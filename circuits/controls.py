@@ -31,6 +31,16 @@ def random_circuits(
     return torch.stack([drawing.circuit(edges) for _ in range(n)]) if n else live.new_zeros(0, len(live))
 
 
+def controls_of_size(
+    graph: CircuitGraph, live: Bool[Tensor, " edge"], *, edges: int, n: int, seed: int = 0
+) -> Bool[Tensor, "circuit edge"]:
+    """As `random_circuits`, but none where no connected circuit has this size."""
+    try:
+        return random_circuits(graph, live, edges=edges, n=n, seed=seed)
+    except WorkbenchError:
+        return live.new_zeros(0, len(live))
+
+
 class _Drawing:
     """Draws paths through the live edges of a graph."""
 
@@ -66,7 +76,7 @@ class _Drawing:
 
     def circuit(self, edges: int) -> Bool[Tensor, " edge"]:
         """One circuit."""
-        for _ in range(TRIES):
+        for _ in range(TRIES if 1 <= edges <= len(self.live) else 0):
             kept = self._grown(edges)
             if len(kept) == edges:
                 keep = torch.zeros(len(self.graph.edges), dtype=torch.bool)

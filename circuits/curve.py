@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.attribution import terms_of
 from circuits.circuit import Circuit, EdgeScores
-from circuits.controls import random_circuits
+from circuits.controls import controls_of_size
 from circuits.discovery import top_n
 from circuits.experiment import Experiment
 from circuits.memoised import circuit_values
@@ -64,12 +65,6 @@ class FaithfulnessCurve:
         """Edges that were run at each size."""
         return tuple(self.keep.sum(1).tolist())
 
-    def smallest(self, *, faithfulness: float, accuracy: float) -> int | None:
-        """The place of the smallest circuit that reaches both; None if none does."""
-        good = (self.faithfulness >= faithfulness) & (self.accuracy >= accuracy)
-        places = good.nonzero()[:, 0].tolist()
-        return min(places, key=lambda place: self.sizes[place]) if places else None
-
     @property
     def frame(self) -> pd.DataFrame:
         """One row a size."""
@@ -107,7 +102,7 @@ class FaithfulnessCurve:
                 frame=joined.reset_index(drop=True),
                 kind="curve",
                 axes={"x": "edges", "y": "faithfulness", "series": "series", "low": "low", "high": "high"},
-                unit="share of the headroom; accuracy as a fraction",
+                unit="share",
                 caption=(
                     f"Faithfulness and accuracy of the best edges by {self.title}, over the edges that were run; "
                     f"n = {self.n} examples, 95 % paired bootstrap intervals; {self.controls} random connected "
@@ -128,8 +123,12 @@ def faithfulness_curve(
         absolute: whether an edge that hurts counts as much as one that helps.
         controls: random connected circuits to draw at up to eight sizes.
         seed: of the controls and the bootstrap.
+
+    Raises:
+        WorkbenchError: the scores are of another graph, or under another ablation or metric.
     """
     plan.graph.check_same(scores.graph)
+    terms_of(plan).check_comparable(scores.terms)
     n_live = int(scores.live.sum())
     mib = [round(share * len(plan.graph.edges)) for share in MIB_SHARES]
     even = torch.linspace(0, n_live, min(n_live, MOST_SIZES) + 1).round().int().tolist()
@@ -176,8 +175,11 @@ def smallest_circuit(
     it must reach the given share of the model's own.
 
     Raises:
-        WorkbenchError: no size reaches both; says what the best one reaches.
+        WorkbenchError: no size reaches both; says what the best one reaches. Or the scores are of another graph, or
+            under other terms.
     """
+    plan.graph.check_same(scores.graph)
+    terms_of(plan).check_comparable(scores.terms)
     n_live = int(scores.live.sum())
     sizes = torch.linspace(0, n_live, min(n_live, MOST_TRIED) + 1).round().int().tolist()[1:]
     circuits = [top_n(scores, size, absolute=absolute) for size in sizes]
@@ -193,7 +195,7 @@ def smallest_circuit(
             f"{float(right.max()):.3f}. Ask for a size instead."
         )
     best = min((circuits[place] for place in good), key=lambda circuit: circuit.size)
-    return replace(best, rule=f"smallest with faithfulness and accuracy from {faithfulness:g} on; {best.rule}")
+    return replace(best, rule=f"smallest with faithfulness {faithfulness:g}, accuracy {accuracy:g}; {best.rule}")
 
 
 def _random_band(plan: Experiment, sizes: Sequence[int], controls: int, seed: int) -> Float[Tensor, " size"]:
@@ -204,9 +206,9 @@ def _random_band(plan: Experiment, sizes: Sequence[int], controls: int, seed: in
     if not controls or not possible:
         return band
     chosen = {possible[round(float(place))] for place in torch.linspace(0, len(possible) - 1, MOST_CONTROLLED)}
-    drawn = [random_circuits(plan.graph, plan.live, edges=size, n=controls, seed=seed) for size in sorted(chosen)]
+    drawn = [controls_of_size(plan.graph, plan.live, edges=size, n=controls, seed=seed) for size in sorted(chosen)]
     restored = (circuit_values(plan, torch.cat(drawn)) - plan.empty).mean(1) / plan.headroom
-    percentiles = restored.view(len(chosen), controls).quantile(0.95, dim=1)
-    for size, value in zip(sorted(chosen), percentiles, strict=True):
-        band[torch.tensor(sizes) == size] = value.float()
+    for size, values in zip(sorted(chosen), restored.split([len(circuits) for circuits in drawn]), strict=True):
+        if len(values):
+            band[torch.tensor(sizes) == size] = values.quantile(0.95).float()
     return band

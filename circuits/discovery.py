@@ -8,9 +8,11 @@ circuit may be smaller than what was asked for; both sizes are kept.
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool
@@ -31,6 +33,8 @@ from workbench.runtime import WorkbenchError, nearest
 from workbench.tasks.base import Batch
 
 OnProgress = Callable[[float], None]
+Select = Literal["top", "grow"]
+"""How so many edges are chosen by their scores: the largest, or grown from the logits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +47,7 @@ class Budget:
 
 
 SCORES: Mapping[str, Callable[[Experiment, Budget], EdgeScores]] = {
-    "exact": lambda plan, budget: exact_scores(plan),
+    "exact": lambda plan, budget: exact_scores(plan, on_progress=budget.on_progress),
     "eap": lambda plan, budget: eap(plan),
     "eap-ig": lambda plan, budget: eap_ig(plan),
     "eap-ig-activations": lambda plan, budget: eap_ig_activations(plan),
@@ -75,6 +79,7 @@ def extract(
     metric: str | Metric = "logit_difference",
     graph: CircuitGraph | None = None,
     absolute: bool = True,
+    select: Select = "top",
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Circuit:
@@ -90,6 +95,7 @@ def extract(
         metric: by name, or one of your own.
         graph: of this model; None is the component graph.
         absolute: whether an edge that hurts counts as much as one that helps; ACDC looks only for what helps.
+        select: how so many edges are chosen by their scores.
         seed: of what is drawn at random.
         on_progress: told the share of the work that is done, by methods that take long.
 
@@ -99,7 +105,16 @@ def extract(
     """
     _check_method(method)
     plan = experiment(model, batch, graph=graph, ablation=ablation, metric=metric)
-    return find(plan, method, edges=edges, threshold=threshold, absolute=absolute, seed=seed, on_progress=on_progress)
+    return find(
+        plan,
+        method,
+        edges=edges,
+        threshold=threshold,
+        absolute=absolute,
+        select=select,
+        seed=seed,
+        on_progress=on_progress,
+    )
 
 
 def find(
@@ -109,6 +124,7 @@ def find(
     edges: int | None = None,
     threshold: float | None = None,
     absolute: bool = True,
+    select: Select = "top",
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Circuit:
@@ -119,7 +135,7 @@ def find(
         return _searched(plan, edges, threshold, on_progress)
     scores = score_edges(plan, method, edges=edges, seed=seed, on_progress=on_progress)
     if edges is not None:
-        return top_n(scores, edges, absolute=absolute)
+        return (grow if select == "grow" else top_n)(scores, edges, absolute=absolute)
     assert threshold is not None
     return above(scores, threshold, absolute=absolute)
 
@@ -254,5 +270,7 @@ def _check_method(method: str) -> None:
 def _check_wanted(graph: CircuitGraph, edges: int | None, threshold: float | None) -> None:
     if (edges is None) == (threshold is None):
         raise WorkbenchError("Say how many edges to keep, or the threshold of their scores: one of the two.")
+    if threshold is not None and math.isnan(threshold):
+        raise WorkbenchError("The threshold is not a number; give the least score to keep.")
     if edges is not None and not 1 <= edges <= len(graph.edges):
         raise WorkbenchError(f"Asked for {edges} edges; this model has {len(graph.edges)}, and a circuit at least 1.")

@@ -57,19 +57,24 @@ class Experiment:
 
     @functools.cached_property
     def live(self) -> Bool[Tensor, " edge"]:
+        """Carrying edges less those that dangle among them: with all others ablated, every answer is the model's."""
+        return self.graph.pruned(self.carrying, self.ablation)
+
+    @functools.cached_property
+    def carrying(self) -> Bool[Tensor, " edge"]:
         """Edges that carry something else under ablation, at a position from which a read answer can depend on them."""
         changed = (self.clean - self.ablated).abs().amax(-1) > 1e-6 * self.clean.abs().amax()
         needed = self._needed()
         columns = columns_of(self.graph, changed.shape[1])
-        live = torch.zeros(len(self.graph.edges), dtype=torch.bool)
+        found = torch.zeros(len(self.graph.edges), dtype=torch.bool)
         for port, reader in enumerate(self.graph.ports):
             where = needed[port]
             carried = changed[:, :, : reader.n_writers] & where[:, :, None]
             by_column = torch.stack(
                 [carried[:, columns == c].flatten(0, 1).any(0) for c in range(self.graph.n_columns)]
             )
-            live[self.graph.of_port(port)] = by_column.flatten()
-        return self.graph.pruned(live, self.ablation)
+            found[self.graph.of_port(port)] = by_column.flatten()
+        return found
 
     def measure(self, logits: Float[Tensor, "reads vocab"]) -> Float[Tensor, " batch"]:
         """The metric of each example."""
@@ -134,10 +139,7 @@ def experiment(
         raise WorkbenchError("Circuits need at least one example; the batch is empty.")
     readable, measure = edge_readable(model), find_metric(metric)
     check_tokens(batch.tokens, readable)
-    whole = circuit_graph(readable)
-    graph = graph or whole
-    if (graph.n_steps, graph.n_heads, graph.d_model) != (whole.n_steps, whole.n_heads, whole.d_model):
-        graph.check_same(whole)
+    graph = circuit_graph(readable) if graph is None else _of_model(readable, graph)
     with torch.no_grad():
         clean, stream = run_parts(readable, graph, batch.tokens, inputs_of(readable, graph, batch.tokens), everything)
         reference = readable.finish(stream[batch.read], {})
@@ -158,6 +160,18 @@ def experiment(
         made = made.measured_by(measure)
     made.check_headroom()
     return made
+
+
+def _of_model(model: EdgeReadable, graph: CircuitGraph) -> CircuitGraph:
+    """The graph, if the model's own with the same splits is the same."""
+    own = circuit_graph(
+        model,
+        split_inputs=len(graph.inputs) > 1,
+        columns=[graph.columns[column] for column in graph.column_of] or None,
+        clusters={step: groups for step, groups in enumerate(graph.clusters) if any(groups)},
+    )
+    own.check_same(graph)
+    return graph
 
 
 def _ablated(

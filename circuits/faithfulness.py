@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.circuit import Circuit
-from circuits.controls import random_circuits
+from circuits.controls import controls_of_size
 from circuits.curve import FaithfulnessCurve, faithfulness_curve
 from circuits.experiment import Experiment, experiment
 from circuits.memoised import circuit_values
@@ -83,7 +83,7 @@ class Evaluation:
 
     @property
     def random_95(self) -> float | None:
-        """95th percentile of the random circuits' faithfulness; None without any."""
+        """95th percentile of the random circuits' faithfulness; None without any, as where none has this size."""
         return float(self.controls.quantile(0.95)) if len(self.controls) else None
 
     def __str__(self) -> str:
@@ -202,7 +202,7 @@ def judge(
     _check_told_from_none(plan, seed)
     keep = circuit.keep
     size = min(circuit.size, int(plan.graph.connected(plan.live).sum()))
-    random = random_circuits(plan.graph, plan.live, edges=size, n=controls if size else 0, seed=seed)
+    random = controls_of_size(plan.graph, plan.live, edges=size, n=controls, seed=seed)
     values = circuit_values(plan, torch.cat([torch.stack([keep, ~keep]), random]))
     tell(0.2)
     accuracies = plan.measured_by("accuracy")
@@ -239,8 +239,8 @@ def judge(
 def completeness(plan: Experiment, keep: Bool[Tensor, " edge"], *, seed: int = 0) -> tuple[float, tuple[str, ...]]:
     """How far circuit and model come apart when the same part K of the circuit is taken out of both (Wang et al. 2023).
 
-    K is drawn at random, each edge with probability one half, and built greedily, edge by edge, from those that drive
-    the two apart most.
+    K is nothing, all of the circuit, drawn at random with each edge in it with probability one half, and built
+    greedily, edge by edge, from those that drive the two apart most.
 
     Returns:
         The largest |F(C without K) - F(M without K)|, and the K where it was found; 0 and none for an empty circuit.
@@ -250,7 +250,7 @@ def completeness(plan: Experiment, keep: Bool[Tensor, " edge"], *, seed: int = 0
         return 0.0, ()
     rng = generator(seed, "completeness")
     random = torch.rand(SUBSETS, len(keep), generator=rng) < 0.5
-    parts = torch.cat([random & keep, torch.zeros(1, len(keep), dtype=torch.bool)])
+    parts = torch.cat([torch.zeros(1, len(keep), dtype=torch.bool), keep[None], random & keep])
     gaps = _gaps(plan, keep, parts)
     worst, gap = parts[gaps.argmax()], float(gaps.max())
     part = torch.zeros_like(keep)
@@ -275,9 +275,9 @@ def _check_told_from_none(plan: Experiment, seed: int) -> None:
     low, high = (float(end) for end in paired_bootstrap(plan.full - plan.empty, seed=seed))
     if low <= 0 <= high:
         raise WorkbenchError(
-            f"Headroom is not told from 0: mean {plan.metric.name} of the whole model minus that with every edge ablated "
-            f"is {plan.headroom:.3g} [{low:.3g}, {high:.3g}], n = {len(plan.batch)}. Take more pairs, a checkpoint that "
-            "tells them apart, or another metric."
+            f"Headroom is not told from 0: mean {plan.metric.name} of the whole model minus that with every edge "
+            f"ablated is {plan.headroom:.3g} [{low:.3g}, {high:.3g}], n = {len(plan.batch)}. Take more pairs, a "
+            "checkpoint that tells them apart, or another metric."
         )
 
 

@@ -1,8 +1,8 @@
 """A mask over edges, learned: gates between 0 and 1 that keep what the metric needs, at a budget.
 
 Each edge has a hard-concrete gate (Louizos et al. 2018), drawn anew for each example, which mixes what is computed with
-the ablated value. The gates' expected number is held to the budget by a Lagrange multiplier (Bhaskar et al. 2024, §3),
-and the edges with the largest gates are the circuit, exactly as many as were asked for.
+the ablated value. Lagrange multipliers pull the gates' expected number towards the budget (Bhaskar et al. 2024, §3);
+it ends within a few gates of it, and the edges with the largest gates are the circuit, as many as were asked for.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _expected(log_alpha: Float[Tensor, " live"]) -> Float[Tensor, ""]:
 
 def _distance(plan: Experiment, live: Tensor, log_alpha: Float[Tensor, " live"], rng: torch.Generator) -> Tensor:
     """Mean distance from the whole model's metric with gates drawn for each example."""
-    fit = max(1, ELEMENTS // (plan.clean[0].numel() * len(plan.graph.ports)))
+    # Of each row every port's stream is held, and for each step all outputs so far.
+    held = len(plan.graph.ports) + plan.graph.n_steps * len(plan.graph.writers)
+    fit = max(1, ELEMENTS // (plan.batch.tokens.shape[1] * held * plan.graph.d_model))
     rows = torch.randperm(len(plan.batch), generator=rng)[:fit].sort().values
     noise = torch.rand(len(rows), len(live), generator=rng, dtype=log_alpha.dtype).clamp(1e-6, 1 - 1e-6)
     soft = ((noise.logit() + log_alpha) / TEMPERATURE).sigmoid() * (HIGH - LOW) + LOW

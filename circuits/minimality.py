@@ -41,9 +41,15 @@ class Minimality:
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """For each edge: `needed`, `redundant`, `hurts`, or `no effect`."""
+        """For each edge: `needed`, `redundant`, `hurts`, or `little effect`."""
         return tuple(
-            "redundant" if partners else "needed" if cost > TOLERANCE else "hurts" if cost < -TOLERANCE else "no effect"
+            "redundant"
+            if partners
+            else "needed"
+            if cost > TOLERANCE
+            else "hurts"
+            if cost < -TOLERANCE
+            else "little effect"
             for cost, partners in zip(self.cost.tolist(), self.partners, strict=True)
         )
 
@@ -83,7 +89,7 @@ class Minimality:
                 unit="share of the headroom",
                 caption=(
                     f"What the circuit loses without each of its edges; n = {self.n} examples, 95 % paired bootstrap "
-                    f"intervals. Below {TOLERANCE:.0%} an edge has no effect alone; where two such edges cost "
+                    f"intervals. Below {TOLERANCE:.0%} an edge has little effect alone; where two such edges cost "
                     "something together they are redundant."
                 ),
             )

@@ -86,6 +86,9 @@ def _resample_weights(n: int, *, seed: int, resamples: int) -> Float[Tensor, "re
 
 
 def _ends(samples: Tensor, level: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if not samples.numel():
+        # No cells: quantile refuses what is empty.
+        return samples.new_zeros(samples.shape[1:], dtype=dtype), samples.new_zeros(samples.shape[1:], dtype=dtype)
     tail = (1 - level) / 2
     low, high = torch.nanquantile(samples, torch.tensor([tail, 1 - tail], dtype=samples.dtype), dim=0)
     return low.to(dtype), high.to(dtype)

@@ -1,15 +1,16 @@
 """Device, seeds and the one error that is the user's.
 
-Nothing here changes the state of the process: a generator is returned, never set; torch is imported by the function
-that needs it, so that the command line can read this module for free.
+Nothing here leaves the state of the process changed: a generator is returned, never set. Torch is imported by the
+function that needs it, so that the command line can read this module for free.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,6 +59,19 @@ def generator(seed: int | torch.Generator, *names: str | int) -> torch.Generator
     if isinstance(seed, torch.Generator):
         return seed
     return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: threads that wait for each other use CPU time, which then measures the machine's load."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def thread_count() -> int:

@@ -15,7 +15,7 @@ import html
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,7 @@ import streamlit as st
 from workbench.runtime import WorkbenchError
 
 Place = tuple[int, ...]
+NodeOrEdge = Literal["node", "edge"]
 
 # Blue through white to orange (ColorBrewer's RdBu and PuOr): the ends stay apart for every colour blindness.
 DIVERGING = (
@@ -199,6 +200,22 @@ def curves(figure: go.Figure, *, key: str, on_click: Callable[[float], None]) ->
     )
 
 
+def graph(
+    spec: Mapping[str, Any], *, key: str, height: int, alt: str, on_click: Callable[[NodeOrEdge, int], None]
+) -> None:
+    """Draw an ECharts graph; a click calls `on_click` with whether it hit a node or an edge, and its index."""
+    widget = f"{key}-graph"
+    with st.container(key=key):
+        st.echarts_chart(
+            dict(spec),
+            key=widget,
+            on_select=lambda: _report_part(widget, on_click),
+            height=height,
+            width="stretch",
+            alt=alt,
+        )
+
+
 def clickable(figure: go.Figure) -> go.Figure:
     """A copy whose lines can be clicked: plotly selects points only, so each line gets points that nobody sees."""
     copy = go.Figure(figure)
@@ -219,6 +236,12 @@ def clicked_index(event: Mapping[str, Any]) -> int | None:
     """The index that Streamlit's event of an ECharts chart reports; None if it reports that one was cleared."""
     indices = [index for group in event["selection"]["selected"] for index in group["data_indices"]]
     return indices[0] if indices else None
+
+
+def clicked_part(event: Mapping[str, Any]) -> tuple[NodeOrEdge, int] | None:
+    """The node or edge that Streamlit's event of an ECharts graph reports; None if it reports that one was cleared."""
+    parts = [(group["data_type"], index) for group in event["selection"]["selected"] for index in group["data_indices"]]
+    return parts[0] if parts else None
 
 
 def name_place(place: Place) -> str:
@@ -301,6 +324,15 @@ def _report(widget: str, on_click: Callable[[float], None]) -> None:
     x = clicked_x(st.session_state[widget])
     if x is not None:
         on_click(x)
+
+
+def _report_part(widget: str, on_click: Callable[[NodeOrEdge, int], None]) -> None:
+    """Tell what was clicked; at every second click on a part ECharts clears its selection, as `_keep` says."""
+    before = f"{widget}-before"
+    part = clicked_part(st.session_state[widget]) or st.session_state.get(before)
+    if part is not None:
+        st.session_state[before] = part
+        on_click(*part)
 
 
 def _cells(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], low: float, high: float) -> pd.DataFrame:

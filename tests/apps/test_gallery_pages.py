@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-PAGES = ("Runs", "Train", "Dynamics", "Explore", "Report")
+PAGES = ("Runs", "Train", "Dynamics", "Explore", "Circuit", "Report")
 REFERENCE = "gallery:modular"
 
 

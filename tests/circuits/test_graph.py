@@ -70,6 +70,48 @@ def test_keys_of_one_column_reach_heads_of_another() -> None:
     assert graph.names(graph.connected(kept)) == ["input@a->a0.h0<k>@a", "a0.h0@=->logits@="]
 
 
+def test_each_writer_knows_where_it_reads() -> None:
+    graph = circuit_graph(transformer(2, 2), split_inputs=True)
+    read = {
+        node.name: [graph.ports[port].name for port in ports]
+        for node, ports in zip(graph.writers, graph.ports_of, strict=True)
+    }
+    assert read["embed"] == read["pos"] == []
+    assert read["a0.h1"] == ["a0.h1<q>", "a0.h1<k>", "a0.h1<v>"]
+    assert read["m1"] == ["m1"]
+
+
+def test_a_node_hears_keys_of_all_columns_and_the_rest_of_its_own() -> None:
+    graph = circuit_graph(transformer(1, 1), columns=("a", "b", "="))
+
+    def heard(port: str, column: int) -> list[str]:
+        place = [port.name for port in graph.ports].index(port)
+        return [graph.edges[edge].name for edge in graph.heard(place, column)]
+
+    assert heard("a0.h0<k>", 1) == ["input@a->a0.h0<k>@a", "input@b->a0.h0<k>@b", "input@=->a0.h0<k>@="]
+    assert heard("a0.h0<q>", 1) == ["input@b->a0.h0<q>@b"]
+    assert heard("m0", 2) == ["input@=->m0@=", "a0.h0@=->m0@="]
+    assert heard("logits", 0) == ["input@a->logits@a", "a0.h0@a->logits@a", "m0@a->logits@a"]
+
+
+def test_what_reaches_the_logits_needs_no_input() -> None:
+    graph = circuit_graph(transformer(1, 2))
+    kept = graph.mask(["input->a0.h0<v>", "a0.h0->m0", "a0.h1->logits", "input->a0.h1<q>", "input->m0"])
+    assert graph.names(graph.reaching(kept)) == ["input->a0.h1<q>", "a0.h1->logits"]
+    silent = graph.mask(["a0.h0->m0", "m0->logits"])
+    assert torch.equal(graph.reaching(silent), silent)
+    assert not graph.connected(silent).any()
+    assert not graph.pruned(silent, "resample").any()
+    for ablation in ("zero", "mean"):
+        assert torch.equal(graph.pruned(silent, ablation), silent)
+
+
+def test_a_query_is_heard_in_its_own_column_alone() -> None:
+    graph = circuit_graph(transformer(1, 1), columns=("a", "b", "="))
+    kept = graph.mask(["input@a->a0.h0<k>@a", "a0.h0@=->logits@=", "input@b->a0.h0<q>@b", "input@=->a0.h0<q>@="])
+    assert graph.names(graph.reaching(kept)) == ["input@=->a0.h0<q>@=", "input@a->a0.h0<k>@a", "a0.h0@=->logits@="]
+
+
 def test_errors_say_what_is_wrong() -> None:
     graph = circuit_graph(transformer(1, 1))
     with pytest.raises(WorkbenchError, match="'m9->logits' is not in this graph of 8 edges"):

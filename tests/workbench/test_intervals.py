@@ -171,3 +171,8 @@ def test_resamples_without_any_difference_do_not_spoil_the_interval_of_a_ratio()
     below = torch.tensor([2.0, 0.0, 0.0, 0.0])
     low, high = ratio_bootstrap(below, below)
     assert (float(low), float(high)) == (1, 1)
+
+
+def test_no_cells_have_no_intervals() -> None:
+    low, high = ratio_bootstrap(torch.zeros(3, 0), torch.ones(3))
+    assert low.shape == high.shape == (0,)
