@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = add("bench", "benchmarks: CPU time as a ratio to a named peer")
     bench.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
-    bench.add_argument("--repeats", type=int, default=None, help="rounds of each")
+    bench.add_argument("--repeats", type=int, default=7, help="rounds of each")
 
     imported = add("import", "make a run of your own model and pairs", function="import_model")
     imported.add_argument(

@@ -168,10 +168,9 @@ def scorecard(options: argparse.Namespace) -> Printout:
 
 def bench(options: argparse.Namespace) -> Printout:
     """Benchmarks, one after another."""
-    from apps.bench import REPEATS
     from apps.benchmarks import BENCHMARKS, run_benchmark
 
-    found = [run_benchmark(name, repeats=options.repeats or REPEATS).summary() for name in options.names or BENCHMARKS]
+    found = [run_benchmark(name, repeats=options.repeats).summary() for name in options.names or BENCHMARKS]
     columns = ("name", "ratio", "ratio_interval", "gate", "met", "agreement", "n", "peer")
     met = all(each["met"] for each in found)
     return Printout(content={"benchmarks": found, "met": met}, text=_columns(found, columns))

@@ -70,6 +70,38 @@ REFERENCES = {
             archiveprefix="arXiv",
         ),
         _reference(
+            "conmy2023towards",
+            "inproceedings",
+            author="Conmy, Arthur and Mavor-Parker, Augustine N. and Lynch, Aengus and Heimersheim, Stefan and "
+            "Garriga-Alonso, Adrià",
+            title="Towards Automated Circuit Discovery for Mechanistic Interpretability",
+            year="2023",
+            booktitle="Advances in Neural Information Processing Systems",
+            eprint="2304.14997",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "lindner2023tracr",
+            "inproceedings",
+            author="Lindner, David and Kramár, János and Farquhar, Sebastian and Rahtz, Matthew and "
+            "McGrath, Thomas and Mikulik, Vladimir",
+            title="{Tracr}: Compiled Transformers as a Laboratory for Interpretability",
+            year="2023",
+            booktitle="Advances in Neural Information Processing Systems",
+            eprint="2301.05062",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "gupta2024interpbench",
+            "inproceedings",
+            author="Gupta, Rohan and Arcuschin, Iván and Kwa, Thomas and Garriga-Alonso, Adrià",
+            title="{InterpBench}: Semi-Synthetic Transformers for Evaluating Mechanistic Interpretability Techniques",
+            year="2024",
+            booktitle="Advances in Neural Information Processing Systems",
+            eprint="2407.14494",
+            archiveprefix="arXiv",
+        ),
+        _reference(
             "mueller2025mib",
             "inproceedings",
             author="Mueller, Aaron and Geiger, Atticus and Wiegreffe, Sarah and others",

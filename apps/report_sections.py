@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from apps.evidence import Evidence, claims, claims_table
+from apps.shipped_card import shipped_card
 from circuits.faithfulness import Share
 from probes.fourier import LOSS_LABELS, FourierResult
 from workbench.tables import Table
@@ -44,6 +45,7 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
         _lens(evidence),
         _attribution(evidence),
         _circuit(evidence),
+        _card(evidence),
         _clusters(evidence),
         _history(evidence),
     )
@@ -323,6 +325,20 @@ def _circuit(evidence: Evidence) -> Section | None:
         f"model drives the two apart by at most {found.completeness:.3g}.",
         tables=tuple(found.tables()),
         references=("wang2023interpretability", "hanna2024have", "mueller2025mib", "efron1979bootstrap"),
+    )
+
+
+def _card(evidence: Evidence) -> Section | None:
+    if evidence.circuit is None:
+        return None
+    card = shipped_card()
+    return Section(
+        title="How far the circuit finders can be believed",
+        text=f"Every finder was run on models whose circuit is known: wired by hand, trained to hold a circuit, or "
+        f"compiled from RASP programs (frozen set, version {card.version}, digest {card.digest[:12]}, n = {card.n} "
+        "pairs each). Nothing in this section is about the run of this report.",
+        tables=tuple(card.tables()),
+        references=("lindner2023tracr", "conmy2023towards", "gupta2024interpbench"),
     )
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from circuits.discovery import METHODS
 from circuits.experiment import Experiment
 from circuits.finders import THRESHOLDS, OnProgress, Ranking, forward_seconds, part_of, rank_edges
-from circuits.ranking import RANKINGS, Chance, Quality, chance, judge
+from circuits.ranking import RANKINGS, Band, Chance, Quality, chance, judge
 from circuits.truths import (
     CHANGE,
     SET,
@@ -192,11 +193,47 @@ class ScoreCard:
             "rows": [row.flat() for row in self.rows],
             "means": self.means.to_dict("records"),
             "seconds": self.seconds,
+            "provenance": self.provenance.to_json(),
         }
 
     def _set(self) -> str:
         name = "own choice" if self.version is None else f"version {self.version}"
         return f"{name}, digest {self.digest[:12]}"
+
+
+def card_from_json(content: Mapping[str, Any]) -> ScoreCard:
+    """The score card whose `summary` this is.
+
+    Raises:
+        WorkbenchError: it is none.
+    """
+    try:
+        origin = content["provenance"]
+        return ScoreCard(
+            rows=tuple(_row_from_json(row) for row in content["rows"]),
+            version=content["version"],
+            digest=content["digest"],
+            n=content["n"],
+            seconds=content["seconds"],
+            provenance=Provenance(**{**origin, "parents": tuple(origin["parents"])}),
+        )
+    except (KeyError, TypeError) as error:
+        raise WorkbenchError(f"This is not a score card of the workbench: {error!r}.") from error
+
+
+def _row_from_json(row: Mapping[str, Any]) -> Row:
+    plain = [each.name for each in fields(Row) if each.name not in ("quality", "chance")]
+    bands = {
+        measure: Band(
+            mean=row[f"random_{measure}"], low=row[f"random_{measure}_low"], high=row[f"random_{measure}_high"]
+        )
+        for measure in Chance.__slots__
+    }
+    return Row(
+        **{name: row[name] for name in plain},
+        quality=None if row["auroc"] is None else Quality(**{name: row[name] for name in Quality.__slots__}),
+        chance=None if bands["auroc"].mean is None else Chance(**bands),
+    )
 
 
 def scorecard(

@@ -14,7 +14,9 @@ from circuits.graph import Node
 from probes.places import read_place
 from workbench.figures import figure
 from workbench.instrument.sites import Site
+from workbench.models.known import Ablation
 from workbench.runtime import WorkbenchError
+from workbench.tables import Table
 
 PLOTLY = {"displaylogo": False}
 SHOWN = 12
@@ -224,3 +226,23 @@ def _writes(question: Question, node: Node, example: int) -> None:
     reading = read_place(model, batch, site, position, names=question.task.vocab)
     said = ", ".join(f"**{token}** {value:.2f}" for token, value in reading.tokens)
     st.markdown(f"Where the answer is read it writes (logits): {said}")
+
+
+def score_card(ablation: Ablation) -> None:
+    """How far each method can be believed: what it found where the circuit is known."""
+    for table in _known_circuits(ablation):
+        st.plotly_chart(figure(table), config=PLOTLY, key=f"card_{table.name}")
+        st.caption(table.caption)
+        state.download(table, key=f"card_table_{table.name}")
+    st.caption("Measured anew by `workbench scorecard`.")
+
+
+@st.cache_data
+def _known_circuits(ablation: Ablation) -> list[Table]:
+    """The pictures of the shipped card, of one ablation."""
+    from apps.shipped_card import shipped_card
+
+    drawn = [table for table in shipped_card().tables() if table.kind != "table"]
+    return [
+        replace(table, frame=table.frame[table.frame["ablation"] == ablation].reset_index(drop=True)) for table in drawn
+    ]

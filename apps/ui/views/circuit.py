@@ -308,8 +308,8 @@ def _from_file(question: Question, held: Found) -> Other | None:
 
 def _more(question: Question, held: Found, size: int | None, circuit: Circuit, other: Other | None) -> None:
     """Tables, what else the circuit withstood, and files."""
-    titles = ["Edges", "Edge by edge", "Withstood", "Export"]
-    edges, minimal, withstood, export = st.tabs(titles)
+    titles = ["Edges", "Edge by edge", "Withstood", "Score card", "Export"]
+    edges, minimal, withstood, card, export = st.tabs(titles)
     with edges:
         table = circuit.tables()[0]
         if other is not None:
@@ -322,6 +322,8 @@ def _more(question: Question, held: Found, size: int | None, circuit: Circuit, o
         circuit_panels.edge_by_edge(question, held, size)
     with withstood:
         circuit_panels.withstood(held)
+    with card, state.user_errors_shown():
+        circuit_panels.score_card(question.ablation)
     with export:
         stem = f"circuit-{question.reference.replace(':', '-')}-{question.step}"
         circuit_panels.exports(question, size, stem)

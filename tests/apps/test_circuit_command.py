@@ -1,0 +1,145 @@
+"""`workbench circuit`, `scorecard` and `bench`: what they print, what they write, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apps import benchmarks
+from apps.bench import Benchmark
+from apps.cli import main
+from circuits.circuit import Terms
+from circuits.discovery import METHODS
+from circuits.exchange import Foreign, load_circuit
+from workbench.training.checkpoints import load
+
+pytestmark = pytest.mark.slow
+
+KEYS = {
+    "edges", "requested", "size", "live_edges", "all_edges", "method", "ablation", "metric", "faithfulness",
+    "faithfulness_interval", "random_95", "accuracy", "completeness", "n", "seconds",
+}  # fmt: skip
+RUN = "gallery:modular"
+
+
+@pytest.fixture(autouse=True)
+def own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_RUNS", str(tmp_path / "runs"))
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    return output.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_prints_its_circuit(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "circuit", RUN, "--method", method, "--edges", "12", "--n", "16")
+    assert set(found) >= KEYS
+    assert found["requested"] == 12
+    assert len(found["edges"]) == found["size"] <= 12
+    assert set(found["edges"][0]) == {"from", "to", "score"}
+    assert (found["live_edges"], found["all_edges"]) == (17, 23)
+    assert (found["method"], found["ablation"], found["n"]) == (method, "resample", 16)
+    low, high = found["faithfulness_interval"]
+    assert low <= found["faithfulness"] <= high
+    assert found["faithfulness"] > found["random_95"]
+
+
+def test_without_a_size_it_is_the_smallest_that_does_the_task(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "circuit", RUN, "--method", "exact")
+    assert found["rule"].startswith("smallest with faithfulness 0.9, accuracy 0.9")
+    assert 9 <= found["size"] <= 13
+    assert "Say --edges or --threshold" in refused(capsys, "circuit", RUN, "--method", "acdc")
+
+
+def test_what_is_asked_for_is_what_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    signed = printed(capsys, "circuit", RUN, "--edges", "9", "--signed", "--n", "8", "--select", "grow")
+    assert signed["absolute"] is False
+    assert "grown from the logits to 9 by signed scores" in signed["rule"]
+    fine = printed(
+        capsys, "circuit", RUN, "--threshold", "2", "--granularity", "positions", "--ablation", "mean", "--n", "8"
+    )
+    assert fine["ablation"] == "mean"
+    assert fine["requested"] is None
+    assert fine["all_edges"] > 100
+    assert any(edge["to"].endswith("@=") for edge in fine["edges"])
+
+
+def test_the_circuit_is_written_for_other_tools(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = ("own.json", "theirs.eap.json", "theirs.pt", "drawn.dot", "drawn.graphml")
+    for name in names:
+        found = printed(capsys, "circuit", RUN, "--edges", "12", "--n", "8", "--out", str(tmp_path / name))
+    own = load_circuit(tmp_path / "own.json")
+    assert own.size == found["size"]
+    terms = Terms(ablation="resample", metric="logit_difference", unit="logits", better="higher", n=8)
+    foreign = Foreign(terms=terms, change_of="metric", method="eap-ig")
+    for name in names[1:3]:
+        assert load_circuit(tmp_path / name, own.graph, foreign=foreign).edges == own.edges
+    message = refused(
+        capsys, "circuit", RUN, "--edges", "12", "--granularity", "positions", "--out", str(tmp_path / "no.pt")
+    )
+    assert "cannot hold this graph" in message
+    assert not (tmp_path / "no.pt").exists()
+
+
+def test_all_checkpoints_follow_the_edges_through_training(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "circuit", RUN, "--checkpoint", "all", "--edges", "11", "--n", "16")
+    steps = [each["step"] for each in found["checkpoints"]]
+    assert steps == [each.step for each in load(RUN).checkpoints]
+    assert found["checkpoints"][0]["reason"]
+    assert found["checkpoints"][-1]["faithfulness"] > 0.8
+    assert any(each["edge"] == "m0->logits" for each in found["lifetimes"])
+    assert "name one checkpoint" in refused(capsys, "circuit", RUN, "--checkpoint", "all", "--out", "x.json")
+    assert "leave --select out" in refused(capsys, "circuit", RUN, "--checkpoint", "all", "--select", "grow")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--edges", "24"], "Asked for 24 edges; this model has 23"),
+        (["--edges", "0"], "a circuit at least 1"),
+        (["--edges", "5", "--threshold", "1"], "one of the two"),
+        (["--edges", "5", "--method", "eapig"], "Did you mean 'eap-ig'"),
+        (["--edges", "5", "--metric", "accuracy"], "has no gradient"),
+        (["--edges", "5", "--metric", "logits"], "Unknown metric 'logits'"),
+        (["--edges", "5", "--checkpoint", "0"], "Headroom is not told from 0"),
+        (["--edges", "5", "--method", "eap", "--metric", "kl"], "its gradient is zero for every edge"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, "circuit", RUN, *arguments)
+
+
+def test_the_score_card_of_some(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--methods", "exact, eap", "--circuits", "or_gate", "--ablations", "resample"]
+    found = printed(capsys, "scorecard", *arguments, "--out", str(tmp_path / "card"))
+    assert {row["finder"] for row in found["rows"]} == {"exact", "eap"}
+    assert {row["truth"] for row in found["rows"]} == {"structural", "causal"}
+    assert found["version"] is None
+    assert (tmp_path / "card" / "scorecard.csv").read_text().count("\n") == 5
+    assert "Did you mean 'or_gate'" in refused(capsys, "scorecard", "--circuits", "orgate")
+
+
+def test_benchmarks_by_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = Benchmark(
+        name="quick", compares="Nothing.", peer="itself", target=1.0, gate=0.1,
+        prepare=lambda: (lambda: sum(range(1000)), lambda: sum(range(1000))),
+        agreement=lambda one, other: abs(one - other),
+    )  # fmt: skip
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", {"quick": lambda: quick})
+    found = printed(capsys, "bench", "quick", "--repeats", "3")
+    assert found["benchmarks"][0]["n"] == 3
+    assert found["benchmarks"][0]["agrees"] is True
+    assert "Did you mean 'quick'" in refused(capsys, "bench", "quik")
+    assert "at least 1 round" in refused(capsys, "bench", "quick", "--repeats", "0")
