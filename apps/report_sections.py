@@ -337,7 +337,8 @@ def _card(evidence: Evidence) -> Section | None:
         text=f"Every finder was run on models whose circuit is known: wired by hand, trained to hold a circuit, or "
         f"compiled from RASP programs (frozen set, version {card.version}, digest {card.digest[:12]}, n = {card.n} "
         "pairs each). Nothing in this section is about the run of this report.",
-        tables=tuple(card.tables()),
+        # The pictures; all numbers of all rows are what `workbench scorecard` prints.
+        tables=tuple(table for table in card.tables() if table.kind != "table"),
         references=("lindner2023tracr", "conmy2023towards", "gupta2024interpbench"),
     )
 

@@ -223,16 +223,15 @@ def card_from_json(content: Mapping[str, Any]) -> ScoreCard:
 
 def _row_from_json(row: Mapping[str, Any]) -> Row:
     plain = [each.name for each in fields(Row) if each.name not in ("quality", "chance")]
-    bands = {
-        measure: Band(
-            mean=row[f"random_{measure}"], low=row[f"random_{measure}_low"], high=row[f"random_{measure}_high"]
-        )
-        for measure in Chance.__slots__
+    ends = {"mean": "", "low": "_low", "high": "_high"}
+    by_chance = {
+        measure: {name: row[f"random_{measure}{end}"] for name, end in ends.items()} for measure in Chance.__slots__
     }
+    known = by_chance["auroc"]["mean"] is not None
     return Row(
         **{name: row[name] for name in plain},
         quality=None if row["auroc"] is None else Quality(**{name: row[name] for name in Quality.__slots__}),
-        chance=None if bands["auroc"].mean is None else Chance(**bands),
+        chance=Chance(**{measure: Band(**band) for measure, band in by_chance.items()}) if known else None,
     )
 
 

@@ -106,7 +106,7 @@ def test_every_table_and_figure_is_a_file(written: Path) -> None:
     assert {f"figures/{name}.svg" for name in drawn} <= here
     # Tables without axes have no picture, and every other has one.
     assert drawn <= tables
-    assert tables - drawn == {"claims", "fourier_summary"}
+    assert tables - drawn == {"claims", "fourier_summary", "circuit_evaluation", "circuit_edges", "history_edges"}
     assert {"training_loss", "progress_loss", "logit_spectrum", "control_losses", "patch_stream"} <= drawn
     assert here >= {"report.html", "manifest.json", "references.bib", "figures/plotly.min.js"}
 
@@ -421,6 +421,10 @@ def test_sections_of_a_grokked_run(small: Run, evidence: Evidence) -> None:
         "Activation patching",
         "Logit lens",
         "Direct logit attribution",
+        "Circuit",
+        "How far the circuit finders can be believed",
+        "The MLP, split by frequency",
+        "The circuit through training",
     ]
     assert evidence.left_out == {}
     assert f"memorised at step {small.log.step_memorised}" in sections["Summary"].text
@@ -433,6 +437,8 @@ def test_sections_of_a_grokked_run(small: Run, evidence: Evidence) -> None:
     assert f"{n} pairs" in sections["Activation patching"].text
     assert "95 %" in sections["Activation patching"].text
     assert f"{evidence.final.n} pairs" in sections["Fourier circuit"].text
+    assert f"n = {n} pairs: faithfulness" in sections["Circuit"].text
+    assert "random connected circuits of this size" in sections["Circuit"].text
     for each in sections.values():
         assert set(each.references) <= set(REFERENCES)
 
@@ -515,7 +521,14 @@ def test_an_imported_run_has_a_report_of_what_applies(imported: Run, tmp_path: P
     evidence = gather(imported)
     assert "needs a run on modular arithmetic" in evidence.left_out["Fourier analysis"]
     titles = [each.title for each in sections_of(evidence)]
-    assert titles == ["Summary", "Activation patching", "Logit lens", "Direct logit attribution"]
+    assert titles == [
+        "Summary",
+        "Activation patching",
+        "Logit lens",
+        "Direct logit attribution",
+        "Circuit",
+        "How far the circuit finders can be believed",
+    ]
     assert evidence.patches is not None
     assert evidence.patches.n == 10
     report_run(imported, tmp_path / "out")
