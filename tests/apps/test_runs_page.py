@@ -34,8 +34,8 @@ class Upload:
 def playground(runs_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder of this module's own, with the run `small` and an unfinished relative, `other`."""
     folder = tmp_path_factory.mktemp("playground")
-    shutil.copytree(runs_folder / "small", folder / "small")
-    shutil.copytree(runs_folder / "small", folder / "other")
+    shutil.copytree(runs_folder / "small", folder / "small", ignore=shutil.ignore_patterns("results"))
+    shutil.copytree(folder / "small", folder / "other")
     recipe = load("small", runs=folder).recipe.with_seed(5).override(["train.learning_rate=0.5"])
     write_json(folder / "other" / "recipe.json", recipe.to_json())
     log = folder / "other" / "metrics.jsonl"
