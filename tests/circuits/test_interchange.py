@@ -2,11 +2,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from scipy.stats import binomtest
 
 from circuits import interchange as module
 from circuits.alignment import das, das_map, exchange_coordinates, exchanged_logits
-from circuits.interchange import draw_exchange, interchange, share_of
+from circuits.interchange import draw_exchange, interchange
 from circuits.patching import Cell
 from workbench import load
 from workbench.figures import figure
@@ -157,13 +156,6 @@ def test_dropped_counts_what_was_looked_at():
     few, many = (draw_exchange(TASK, latent="a", n=n, split="all", seed=1) for n in (10, 25))
     assert torch.equal(many.base.tokens[:10], few.base.tokens)
     assert few.dropped <= many.dropped <= len(TASK.examples("all")) - 25
-
-
-def test_score_interval_is_scipys():
-    for right, n in ((0, 5), (5, 5), (3, 11), (499, 512)):
-        found = share_of(torch.arange(n) < right)
-        theirs = binomtest(right, n).proportion_ci(method="wilson")
-        assert (found.mean, found.low, found.high) == pytest.approx((right / n, theirs.low, theirs.high))
 
 
 SEARCH = {"train_split": "train", "test_split": "test", "n": 12}
