@@ -88,7 +88,8 @@ class InterchangeMap:
     source: tuple[float, ...]
     """Share that gives the source's answer: that of the counterfactual where the latent decides the answer alone."""
     chance: tuple[float, ...]
-    """Share with the counterfactual answer of another pair's source: the control."""
+    """Share with the counterfactual answer of another pair's source, where it is neither the base's nor the pair's own:
+    the control."""
     decided: bool
     n: int
     dropped: int
@@ -160,6 +161,8 @@ def interchange(
     alone = answered_alone(model, pairs)
     found = [_answers(model, part, cells) for part in pairs.parts(ROWS)]
     outcomes = {name: torch.cat([part[name] for part in found], 1) for name in found[0]}
+    telling = ~_same(pairs.others, pairs.base.targets, pairs.base) & ~_same(pairs.others, pairs.targets, pairs.base)
+    outcomes["others"] = outcomes["others"][:, telling]
     shares = {name: tuple(right.double().mean(1).tolist()) for name, right in outcomes.items()}
     return InterchangeMap(
         cells=cells,
