@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workbench.models.config import ModelConfig
 from workbench.models.fast import ReadPlan, read_logits
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator, thread_count
@@ -70,9 +71,10 @@ class Dataset:
     answers: Int[Tensor, " reads"]
 
     @classmethod
-    def of(cls, batch: Batch) -> Dataset:
-        """The split, planned."""
-        return cls(batch=batch, plan=ReadPlan.of(batch.tokens, batch.read), answers=batch.targets[batch.read])
+    def of(cls, config: ModelConfig, batch: Batch) -> Dataset:
+        """The split, planned for a model of this shape."""
+        plan = ReadPlan.of(config, batch.tokens, batch.read)
+        return cls(batch=batch, plan=plan, answers=batch.targets[batch.read])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -130,7 +132,9 @@ class Trainer:
         self.wrapped, self.optimiser = accelerator.prepare(AnswerLoss(self.model, dtype), optimiser)
         self.train_split = recipe.task.examples(recipe.task.splits[0]).to(accelerator.device)
         self.splits = {
-            name: [Dataset.of(part) for part in _chunks(recipe.task.examples(name).to(accelerator.device))]
+            name: [
+                Dataset.of(recipe.model, part) for part in _chunks(recipe.task.examples(name).to(accelerator.device))
+            ]
             for name in ("train", "test")
         }
         self.own_rows = self._dealt(self.train_split) if config.batch_size is None else None
@@ -261,7 +265,8 @@ class Trainer:
 
     def _dealt(self, batch: Batch) -> Dataset:
         """This process's rows of a batch."""
-        return Dataset.of(batch.select(slice(self.accelerator.process_index, None, self.accelerator.num_processes)))
+        own = batch.select(slice(self.accelerator.process_index, None, self.accelerator.num_processes))
+        return Dataset.of(self.recipe.model, own)
 
     def _evaluate(self, *, force_checkpoint: bool = False) -> Mapping[str, Any]:
         """Measure both splits, log it, keep a checkpoint where the schedule says so."""
