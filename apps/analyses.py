@@ -7,7 +7,7 @@ code was kept before.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from circuits.patching import PatchMap, patch_each
@@ -17,7 +17,7 @@ from probes.logit_lens import Trajectory, logit_lens
 from probes.progress import ProgressMeasures, progress
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
-from workbench.store import Result, load_summary, result_key, save_result, write_atomic
+from workbench.store import Result, RunFolder, load_summary, result_key, save_result, write_atomic
 from workbench.tasks.base import Batch
 from workbench.tasks.modular import Modular
 from workbench.training.checkpoints import MEASURES, Run
@@ -110,19 +110,34 @@ def kept(
     """The summary of an analysis at a step: the kept one if there is one, else computed and kept."""
     checkpoint = run.checkpoint(step)
     key = key_of(run, name, step, arguments)
-    summary = load_summary(run.folder, key)
-    if summary is None:
-        result = compute(run, checkpoint.step, **arguments)
-        save_result(run.folder, key, result)
-        summary = load_summary(run.folder, key)
-        assert summary is not None
+    summary = _kept_summary(run.folder, key, lambda: compute(run, checkpoint.step, **arguments))
     return {"run": run.reference, "step": checkpoint.step, **summary}
+
+
+def kept_of_several(
+    runs: Sequence[Run], name: str, compute: Callable[..., Result], step: int | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The summary of an analysis of several runs at a step, kept with the first of them: as `kept`."""
+    checkpoints = [run.checkpoint(step) for run in runs]
+    told = {"references": [run.recipe.to_json() for run in runs], "runs": [run.reference for run in runs], **arguments}
+    key = result_key(name, told, [each.sha256 for each in checkpoints])
+    summary = _kept_summary(runs[0].folder, key, lambda: compute(runs, step, **arguments))
+    return {"runs": told["runs"], "steps": [each.step for each in checkpoints], **summary}
 
 
 def key_of(run: Run, name: str, step: int | None, arguments: Mapping[str, Any]) -> str:
     """Under which an analysis at a step is kept."""
     parents = [run.checkpoint(step).sha256, run.checkpoint().sha256]
     return result_key(name, {"reference": run.recipe.to_json(), **arguments}, parents)
+
+
+def _kept_summary(folder: RunFolder, key: str, compute: Callable[[], Result]) -> dict[str, Any]:
+    summary = load_summary(folder, key)
+    if summary is None:
+        save_result(folder, key, compute())
+        summary = load_summary(folder, key)
+        assert summary is not None
+    return summary
 
 
 def _models(run: Run) -> Iterator[tuple[int, Transformer]]:

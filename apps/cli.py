@@ -107,6 +107,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="inputs: token and position apart; positions: every edge at every position, too",
     )  # fmt: skip
     circuit.add_argument("--seed", type=int, default=0, help="of the pairs and of what is drawn at random")
+    circuit.add_argument(
+        "--seeds",
+        metavar="RUN[,RUN…]",
+        help="further runs of the recipe: the circuits' means over all, what they share",
+    )
     circuit.add_argument("--out", type=Path, help="also write the circuit: .json, .eap.json, .pt, .graphml or .dot")
 
     card = add("scorecard", "circuit finders against models whose circuit is known")

@@ -127,9 +127,11 @@ def patch(options: argparse.Namespace) -> Printout:
 
 
 def circuit(options: argparse.Namespace) -> Printout:
-    """A circuit, found and judged, at one checkpoint or all."""
+    """A circuit, found and judged: at one checkpoint, at all, or in several runs."""
     from apps.circuits_of_runs import circuit_of, history_of
 
+    if options.seeds is not None:
+        return _circuit_over_seeds(options)
     through = options.checkpoint == "all"
     names = ("method", "edges", "threshold", "ablation", "metric", "granularity", "n", "split", "seed")
     names = names if through else (*names, "select")
@@ -146,6 +148,46 @@ def circuit(options: argparse.Namespace) -> Printout:
     if options.out is not None:
         _export_circuit(options, arguments)
     return printout
+
+
+def _circuit_over_seeds(options: argparse.Namespace) -> Printout:
+    """The same circuit in several runs, and what these have in common."""
+    from apps.agreements_of_runs import MEASURES, over_seeds_of
+    from apps.analyses import kept_of_several
+    from workbench.training.checkpoints import load
+
+    refused = {
+        "--checkpoint all": options.checkpoint == "all",
+        "--out": options.out is not None,
+        "--threshold": options.threshold is not None,
+        "--select": options.select != "top",
+    }
+    if unfit := [name for name, given in refused.items() if given]:
+        raise WorkbenchError(
+            f"--seeds compares the largest scores of one size at one checkpoint: leave {', '.join(unfit)} out."
+        )
+    runs = [load(name, runs=options.runs) for name in [options.run, *(_listed(options.seeds) or [])]]
+    names = ("method", "edges", "ablation", "metric", "granularity", "n", "split", "seed")
+    arguments = {**{name: getattr(options, name) for name in names}, "absolute": not options.signed}
+    with _stopwatch() as clock, _share_bar(f"circuit of {len(runs)} runs") as on_progress:
+        compute = partial(over_seeds_of, on_progress=on_progress)
+        found = kept_of_several(runs, "circuit_over_seeds", compute, _step(options.checkpoint), arguments)
+    agreement = found["agreement"]
+    over = {name: found["over_seeds"][name] for name in MEASURES}
+    means = [
+        {"run": "mean", **{name: each["mean"] for name, each in over.items()}},
+        *(
+            {"run": f"95 % {word}", **{name: each["interval"][end] for name, each in over.items()}}
+            for end, word in enumerate(("from", "to"))
+        ),
+    ]
+    text = [
+        _pairs({name: found[name] for name in ("method", "requested", "ablation", "metric", "n")}),
+        _columns([*found["circuits"], *means], ("run", *MEASURES)),
+        _columns(agreement["pairs"], tuple(agreement["pairs"][0])),
+        f"Edges that all find: {', '.join(agreement['shared']) or 'none'}",
+    ]
+    return Printout(content={**found, **clock}, text="\n\n".join(text))
 
 
 def scorecard(options: argparse.Namespace) -> Printout:

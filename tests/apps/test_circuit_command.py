@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from apps import benchmarks
 from apps.bench import Benchmark
@@ -14,7 +16,8 @@ from apps.cli import main
 from circuits.circuit import Terms
 from circuits.discovery import METHODS
 from circuits.exchange import Foreign, load_circuit
-from workbench.training.checkpoints import load
+from workbench.store import RunFolder
+from workbench.training.checkpoints import load, save_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +105,76 @@ def test_all_checkpoints_follow_the_edges_through_training(capsys: pytest.Captur
     assert any(each["edge"] == "m0->logits" for each in found["lifetimes"])
     assert "name one checkpoint" in refused(capsys, "circuit", RUN, "--checkpoint", "all", "--out", "x.json")
     assert "leave --select out" in refused(capsys, "circuit", RUN, "--checkpoint", "all", "--select", "grow")
+
+
+@pytest.fixture
+def twin(tmp_path: Path) -> str:
+    """The gallery's run without its first head, as of a seed that found another circuit."""
+    run, folder = load(RUN), tmp_path / "runs" / "twin"
+    shutil.copytree(run.folder.path, folder)
+    weights = run.checkpoint().tensors()
+    weights["weights.0.attn.W_O"][0] = 0
+    found = RunFolder(path=folder, reference="twin")
+    save_checkpoint(found, run.checkpoint().step, weights, ["final"], dtype=torch.float32)
+    return "twin"
+
+
+@pytest.mark.parametrize("method", ["exact", "acdc"])
+def test_over_seeds_the_same_circuit_is_judged_in_every_run(
+    method: str, twin: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--method", method, "--edges", "9", "--n", "16"]
+    found = printed(capsys, "circuit", RUN, "--seeds", twin, *options)
+    alone = [printed(capsys, "circuit", name, *options) for name in (RUN, twin)]
+    assert found["runs"] == found["agreement"]["labels"] == [RUN, twin]
+    for measure in ("size", "faithfulness", "accuracy", "completeness"):
+        values = [each[measure] for each in alone]
+        assert [each[measure] for each in found["circuits"]] == pytest.approx(values)
+        over = found["over_seeds"][measure]
+        assert over["mean"] == pytest.approx(sum(values) / 2)
+        assert over["interval"][0] <= over["mean"] <= over["interval"][1]
+    edges = [{f"{edge['from']}->{edge['to']}" for edge in each["edges"]} for each in alone]
+    assert [set(each["edges"]) for each in found["circuits"]] == edges
+    there, back = found["agreement"]["pairs"]
+    assert there["jaccard"] == back["jaccard"] < 1
+    if method == "exact":
+        assert there["jaccard"] == pytest.approx(len(edges[0] & edges[1]) / len(edges[0] | edges[1]))
+        assert set(found["agreement"]["shared"]) == edges[0] & edges[1]
+    assert (found["agreement"]["metric"], found["agreement"]["ablation"]) == ("logit_difference", "resample")
+    assert printed(capsys, "circuit", RUN, "--seeds", twin, *options)["circuits"] == found["circuits"]
+
+
+def test_over_seeds_the_first_run_sets_the_size(twin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    size = printed(capsys, "circuit", twin, "--n", "16")["requested"]
+    found = printed(capsys, "circuit", twin, "--seeds", RUN, "--n", "16")
+    assert found["requested"] == size
+    assert main(["circuit", twin, "--seeds", RUN, "--n", "16"]) == 0
+    text = capsys.readouterr().out
+    assert "Edges that all find: " in text
+    assert "mean" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", RUN], f"two different runs or more, got {RUN}, {RUN}"),
+        (["--seeds", ""], f"two different runs or more, got {RUN}."),
+        (["--seeds", "twin", "--checkpoint", "all"], "leave --checkpoint all out"),
+        (["--seeds", "twin", "--out", "x.json"], "leave --out out"),
+        (["--seeds", "twin", "--threshold", "1", "--select", "grow"], "leave --threshold, --select out"),
+        (["--seeds", "twni"], "Did you mean 'twin'"),
+        (["--seeds", "twin", "--method", "mask"], "Say --edges"),
+    ],
+)
+def test_what_does_not_compare_over_seeds_is_one_line(
+    arguments: list[str], message: str, twin: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, "circuit", RUN, *arguments)
+
+
+def test_runs_of_another_shape_do_not_compare(pairs_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "circuit", RUN, "--seeds", str(pairs_folder / "own"))
+    assert f"The graphs of '{RUN}' and '{pairs_folder}/own' differ (23 and 13 edges)" in message
 
 
 @pytest.mark.parametrize(
