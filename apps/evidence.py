@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import pandas as pd
 
+from apps.agreements_of_runs import FinderCircuits, finders_of
 from apps.analyses import (
     PAIRS,
     SEED,
@@ -68,6 +69,8 @@ class Evidence:
     """The same with attention split into heads."""
     circuit: Evaluation | None
     """The smallest circuit that does the task."""
+    finders: FinderCircuits | None
+    """Whether other finders, and other pairs, give the same circuit."""
     clusters: ClusterShares | None
     """What the neurons of each key frequency carry."""
     history: CircuitHistory | None
@@ -115,6 +118,7 @@ def gather(run: Run) -> Evidence:
             lambda: direct_logit_attribution(run.model(), pairs_of(run, n, split), by="head"),
         ),
         circuit=circuit,
+        finders=None if circuit is None else attempt("agreement of finders", lambda: _finders(run, circuit, n, split)),
         clusters=None if final is None else attempt("clusters", lambda: clusters_of(run, n=n, split=split)),
         history=None
         if circuit is None
@@ -135,6 +139,13 @@ def _memorised(run: Run) -> FourierResult | None:
     step = run.log.step_memorised
     kept = {checkpoint.step for checkpoint in run.checkpoints}
     return fourier_of(run, step) if step in kept and step != run.checkpoint().step else None
+
+
+def _finders(run: Run, circuit: Evaluation, n: int, split: str) -> FinderCircuits:
+    """Other finders' circuits of the same size."""
+    size = circuit.circuit.requested
+    assert size is not None
+    return finders_of(run, edges=size, n=n, split=split)
 
 
 def _history(run: Run, circuit: Evaluation, n: int, split: str) -> CircuitHistory | None:

@@ -70,6 +70,28 @@ REFERENCES = {
             archiveprefix="arXiv",
         ),
         _reference(
+            "syed2024attribution",
+            "inproceedings",
+            author="Syed, Aaquib and Rager, Can and Conmy, Arthur",
+            title="Attribution Patching Outperforms Automated Circuit Discovery",
+            year="2024",
+            booktitle="Proceedings of the 7th {BlackboxNLP} Workshop: Analyzing and Interpreting Neural Networks for "
+            "{NLP}",
+            pages="407--416",
+            eprint="2310.10348",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "meloux2025mechanistic",
+            "misc",
+            author="Méloux, Maxime and Portet, François and Peyrard, Maxime",
+            title="Mechanistic Interpretability as Statistical Estimation: A Variance Analysis of {EAP-IG}",
+            year="2025",
+            howpublished="arXiv preprint",
+            eprint="2510.00845",
+            archiveprefix="arXiv",
+        ),
+        _reference(
             "conmy2023towards",
             "inproceedings",
             author="Conmy, Arthur and Mavor-Parker, Augustine N. and Lynch, Aengus and Heimersheim, Stefan and "

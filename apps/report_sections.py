@@ -18,6 +18,9 @@ from workbench.tables import Table
 from workbench.training.checkpoints import Run
 from workbench.training.recipes import Recipe
 
+MOST_BARS = 60
+"""Bars of a picture."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Section:
@@ -45,6 +48,7 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
         _lens(evidence),
         _attribution(evidence),
         _circuit(evidence),
+        _finders(evidence),
         _card(evidence),
         _clusters(evidence),
         _history(evidence),
@@ -330,6 +334,47 @@ def _circuit(evidence: Evidence) -> Section | None:
         tables=tuple(found.tables()),
         references=("wang2023interpretability", "hanna2024have", "mueller2025mib", "efron1979bootstrap"),
     )
+
+
+def _finders(evidence: Evidence) -> Section | None:
+    found = evidence.finders
+    if found is None:
+        return None
+    agreement, stability = found.agreement, found.stability
+    votes, labels = agreement.votes, agreement.labels
+    apart = min(agreement.pairs.to_dict("records"), key=lambda pair: pair["jaccard"])
+    dear = f" On a graph of this size {' and '.join(found.left_out)} would take too long." if found.left_out else ""
+    tested = found.significance.summary()
+    return Section(
+        title="Do the finders agree?",
+        text=f"{', '.join(labels[:-1])} and {labels[-1]} rank the edges by the same n = {agreement.terms.n} pairs "
+        f"({agreement.terms.metric}, {agreement.terms.ablation} ablation), and each keeps {agreement.edges}, as many "
+        f"as the circuit above.{dear} Of {int((votes > 0).sum())} edges that any of them keeps, "
+        f"{len(agreement.shared)} are kept by all. The least alike are {apart['result']} and {apart['other']}: they "
+        f"share {apart['jaccard']:.3g} of the edges that either has (Jaccard index), where random sets as large share "
+        f"{apart['chance']:.3g}.\n\n"
+        f"With the pairs drawn anew {len(stability.jaccard)} times, {stability.circuit.method} finds circuits that "
+        f"share {stability.mean_jaccard:.3g} of the edges with its own on average, and "
+        f"{float(stability.jaccard.min()):.3g} at least.\n\n"
+        f"Of {tested['tested']} edges that were tested, {len(found.significance.edges)} have a mean effect by "
+        f"{tested['method']} that is not 0 at a false-discovery rate of {found.significance.rate:.0%} (n = "
+        f"{tested['n']} pairs, two-sided sign-flip test). An effect that is surely there can still be small.",
+        tables=tuple(map(_drawn_if_short, found.tables())),
+        references=(
+            "syed2024attribution",
+            "hanna2024have",
+            "meloux2025mechanistic",
+            "efron1979bootstrap",
+            "phipson2010permutation",
+            "benjamini1995controlling",
+        ),
+    )
+
+
+def _drawn_if_short(table: Table) -> Table:
+    """The table without a picture where bars would fill pages."""
+    long = table.kind == "bar" and len(table.frame) > MOST_BARS
+    return replace(table, kind="table", axes={}) if long else table
 
 
 def _card(evidence: Evidence) -> Section | None:

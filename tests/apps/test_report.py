@@ -22,7 +22,7 @@ import torch
 from playwright.sync_api import Browser
 from plotly.offline import get_plotlyjs
 
-from apps import report, static_figures
+from apps import agreements_of_runs, report, report_sections, static_figures
 from apps.cli import build_parser, main
 from apps.comparison import TOLERANCE, column_difference, compare_tables
 from apps.evidence import Evidence, at_least, at_most, claims, gather, pairs_to_look_at
@@ -422,6 +422,7 @@ def test_sections_of_a_grokked_run(small: Run, evidence: Evidence) -> None:
         "Logit lens",
         "Direct logit attribution",
         "Circuit",
+        "Do the finders agree?",
         "How far the circuit finders can be believed",
         "The MLP, split by frequency",
         "The circuit through training",
@@ -461,6 +462,43 @@ def test_the_controls_are_beside_the_finding(evidence: Evidence) -> None:
     assert explained["final"] == evidence.final.logits_explained
     assert explained["residues shuffled"] == evidence.shuffled.logits_explained
     assert set(losses.frame.groupby("analysis").size()) == {3}
+
+
+def agreement_section(evidence: Evidence) -> Section:
+    return next(each for each in sections_of(evidence) if each.title == "Do the finders agree?")
+
+
+def test_finders_are_compared_at_the_size_of_the_circuit(small: Run, evidence: Evidence) -> None:
+    assert evidence.circuit is not None
+    assert evidence.finders is not None
+    circuit, found = evidence.circuit.circuit, evidence.finders
+    assert found.agreement.labels == ("exact", "eap", "eap-ig", "greedy")
+    # The finder whose circuit is reported finds that circuit, and its own is what other pairs are held against.
+    assert torch.equal(found.agreement.keep[2], circuit.keep)
+    assert torch.equal(found.stability.circuit.keep, circuit.keep)
+    assert found.significance.scores.method == "exact"
+    section = agreement_section(evidence)
+    assert f"each keeps {circuit.requested}, as many as the circuit above" in section.text
+    assert f"{len(found.agreement.shared)} are kept by all" in section.text
+    assert f"{len(found.significance.edges)} have a mean effect by exact that is not 0" in section.text
+    assert "take too long" not in section.text
+    names = {table.name: table.kind for table in section.tables}
+    assert names["agreement_jaccard"] == names["agreement_correlation"] == "heatmap"
+    assert names["stability_eap_ig"] == names["significant_edges_exact"] == "bar"
+    assert found.provenance.parents == (small.checkpoint().sha256,)
+    assert found.summary()["left_out"] == []
+
+
+def test_finders_that_take_too_long_are_named(small: Run, evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(agreements_of_runs.FINDERS, "exact", 16)
+    monkeypatch.setitem(agreements_of_runs.FINDERS, "greedy", 17)
+    monkeypatch.setattr(report_sections, "MOST_BARS", 5)
+    found = agreements_of_runs.finders_of(small, edges=9)
+    assert found.agreement.labels == ("eap", "eap-ig", "greedy")
+    assert found.significance.scores.method == "eap-ig"
+    section = agreement_section(replace(evidence, finders=found))
+    assert "On a graph of this size exact would take too long." in section.text
+    assert {table.kind for table in section.tables} == {"heatmap", "table"}
 
 
 def test_what_a_run_does_not_show_is_said(evidence: Evidence) -> None:
@@ -537,6 +575,7 @@ def test_an_imported_run_has_a_report_of_what_applies(imported: Run, tmp_path: P
         "Logit lens",
         "Direct logit attribution",
         "Circuit",
+        "Do the finders agree?",
         "How far the circuit finders can be believed",
     ]
     assert evidence.patches is not None
