@@ -126,9 +126,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     imported = add("import", "make a run of your own model and pairs", function="import_model")
     imported.add_argument(
-        "model", help="state dict with its config, HookedTransformer's, Hugging Face folder, file.py:function"
+        "model",
+        help="state dict with its config, HookedTransformer's, Hugging Face folder, file.py:function; or known:NAME, "
+        "a model whose circuit is known, with pairs of its own",
     )
-    imported.add_argument("--pairs", type=Path, required=True, help="CSV or JSONL: clean, corrupt, answer, distractor")
+    imported.add_argument("--pairs", type=Path, help="CSV or JSONL: clean, corrupt, answer, distractor")
     imported.add_argument("--vocab", type=Path, help="one token a line; without it prompts are token ids")
     imported.add_argument("--run", help="name of the run (default: the model's file name)")
 

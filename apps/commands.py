@@ -21,6 +21,7 @@ from workbench.store import RunFolder, gallery_names, new_run, run_names, runs_r
 if TYPE_CHECKING:
     from workbench.store import Result
     from workbench.training.checkpoints import Run
+    from workbench.training.imports import Findings
     from workbench.training.recipes import Recipe
 
 
@@ -219,15 +220,29 @@ def bench(options: argparse.Namespace) -> Printout:
 
 
 def import_model(options: argparse.Namespace) -> Printout:
-    """A run from a model and pairs of the user's own."""
-    from workbench.training.imports import import_run
-
-    name = Path(options.model.rpartition(":")[0] or options.model).stem if options.run is None else options.run
-    run, findings = import_run(options.model, options.pairs, name=name, vocab=options.vocab, runs=options.runs)
-    content = {"run": name, "sites": len(run.model().sites), **findings.summary()}
+    """A run from a model and pairs of the user's own, or from a model whose circuit is known."""
+    run, findings = _known_run(options) if options.model.startswith("known:") else _own_run(options)
+    content = {"run": run.reference, "sites": len(run.model().sites), **findings.summary()}
     notes = [f"Note: {warning}" for warning in findings.warnings]
     text = _pairs({key: value for key, value in content.items() if key != "warnings"})
     return Printout(content=content, text="\n".join([text, *notes]))
+
+
+def _own_run(options: argparse.Namespace) -> tuple[Run, Findings]:
+    from workbench.training.imports import import_run
+
+    if options.pairs is None:
+        raise WorkbenchError("A model of your own needs --pairs FILE: clean, corrupt, answer, distractor.")
+    name = Path(options.model.rpartition(":")[0] or options.model).stem if options.run is None else options.run
+    return import_run(options.model, options.pairs, name=name, vocab=options.vocab, runs=options.runs)
+
+
+def _known_run(options: argparse.Namespace) -> tuple[Run, Findings]:
+    from apps.known_runs import import_known
+
+    if options.pairs is not None or options.vocab is not None:
+        raise WorkbenchError(f"{options.model} brings pairs and vocabulary of its own: leave --pairs and --vocab out.")
+    return import_known(options.model, name=options.run, runs=options.runs)
 
 
 def report(options: argparse.Namespace) -> Printout:

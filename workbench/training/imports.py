@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import pandas as pd
@@ -35,6 +36,7 @@ from workbench.store import (
     load_state_dict,
     read_json,
     runs_root,
+    write_atomic,
     write_json,
     writing,
 )
@@ -161,21 +163,38 @@ def import_run(
     Raises:
         WorkbenchError: anything is unreadable or does not fit; nothing is written then.
     """
-    check_run_name(name)
-    target = runs_root(runs) / name
-    if target.exists():
-        raise WorkbenchError(f"Run {name!r} exists at {target}. Choose another --run.")
+    _free_target(name, runs)
     transformer = read_model(model)
     task = read_pairs(pairs, transformer.config, vocab)
-    findings = examine(transformer, task)
-    recipe = Recipe(
-        name="imported",
-        task=task,
-        model=transformer.config,
-        train=None,
-        shows=f"Imported from {Path(model).absolute().name}.",
-    )
-    _write(recipe, transformer, target)
+    shows = f"Imported from {Path(model).absolute().name}."
+    return keep_as_run(transformer, task, name=name, shows=shows, runs=runs)
+
+
+def keep_as_run(
+    model: Transformer,
+    task: Pairs,
+    *,
+    name: str,
+    shows: str,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+    runs: Path | None = None,
+) -> tuple[Run, Findings]:
+    """A run of a model and pairs that are at hand.
+
+    Args:
+        model: whose weights are kept, in float32.
+        task: the pairs.
+        name: of the run.
+        shows: what it is, in a sentence.
+        files: what else to keep in the run's folder, by path.
+        runs: the runs folder.
+
+    Raises:
+        WorkbenchError: the name is taken, or there is nothing to measure; nothing is written then.
+    """
+    target = _free_target(name, runs)
+    findings = examine(model, task)
+    _write(Recipe(name="imported", task=task, model=model.config, train=None, shows=shows), model, target, files)
     run = load(name, runs=runs)
     return run, replace(findings, provenance=run.provenance(run.checkpoint()))
 
@@ -314,7 +333,15 @@ def _rebuilt(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:
     return model.eval()
 
 
-def _write(recipe: Recipe, model: Transformer, target: Path) -> None:
+def _free_target(name: str, runs: Path | None) -> Path:
+    check_run_name(name)
+    target = runs_root(runs) / name
+    if target.exists():
+        raise WorkbenchError(f"Run {name!r} exists at {target}. Choose another --run.")
+    return target
+
+
+def _write(recipe: Recipe, model: Transformer, target: Path, files: Mapping[str, bytes]) -> None:
     """The run, written beside its place and moved there whole."""
     staging = target.parent / f".importing-{target.name}-{secrets.token_hex(4)}"
     folder = RunFolder(path=staging, reference=target.name)
@@ -322,6 +349,8 @@ def _write(recipe: Recipe, model: Transformer, target: Path) -> None:
         try:
             staging.mkdir(parents=True)
             save_checkpoint(folder, 0, model.state_dict(), ["imported"], dtype=torch.float32)
+            for path, content in files.items():
+                write_atomic(staging / path, content)
             write_json(staging / STATUS, {"finished": True, "reason": "imported", "seconds": None})
             write_json(staging / "recipe.json", {**recipe.to_json(), "imported_with": code_version()})
             staging.rename(target)

@@ -12,6 +12,7 @@ from typing import get_args
 import streamlit as st
 
 from apps.circuits_of_runs import FOR_ONE_SIZE, PAIRS, Granularity
+from apps.known_runs import GRANULARITY, known_ablations, known_circuit
 from apps.ui import charts, circuit_drawing, circuit_files, circuit_panels, circuit_questions, state
 from apps.ui.charts import NodeOrEdge
 from apps.ui.circuit_drawing import Drawing
@@ -29,6 +30,8 @@ from workbench.training.checkpoints import Run
 FEWEST, MOST = 16, 256
 """Pairs that a circuit is found on, and judged on."""
 NOTHING, STEP, METHOD, FILE = "nothing", "another checkpoint", "another method", "a file"
+KNOWN = "the known circuit"
+AGAINST_TRUTH: Mapping[Status, str] = {status: status for status in get_args(Status)}
 CURVE_AXES = {"x": "edges", "y": "faithfulness", "series": "series", "low": "low", "high": "high"}
 
 
@@ -261,11 +264,19 @@ def _choose(drawing: Drawing, kind: NodeOrEdge, index: int) -> None:
 
 def _other(run: Run, question: Question, held: Found, size: int | None) -> Other | None:
     """The circuit to compare with, once it is there."""
-    offered = [NOTHING, *([STEP] if len(run.checkpoints) > 1 else []), METHOD, FILE]
+    offered = [
+        NOTHING,
+        *([STEP] if len(run.checkpoints) > 1 else []),
+        METHOD,
+        *([KNOWN] if known_ablations(run) else []),
+        FILE,
+    ]
     left, right = st.columns(2)
     choice = left.selectbox("Compare with", offered, key="against", bind="query-params")
     if choice == FILE:
         return _from_file(question, held)
+    if choice == KNOWN:
+        return _known(run, question, held)
     same = replace(question, edges=question.edges or held.circuit.requested)
     if choice == STEP:
         steps = [each.step for each in run.checkpoints if each.step != question.step]
@@ -302,8 +313,21 @@ def _from_file(question: Question, held: Found) -> Other | None:
         terms = (ablation, metric)
     circuit = circuit_files.uploaded(question, brought.name, content, terms)
     held.circuit.terms.check_comparable(circuit.terms)
-    meanings: dict[Status, str] = {"hit": "hit", "miss": "miss", "false alarm": "false alarm"}
-    return Other(circuit=circuit, name=brought.name, meanings=meanings)
+    return Other(circuit=circuit, name=brought.name, meanings=AGAINST_TRUTH)
+
+
+def _known(run: Run, question: Question, held: Found) -> Other | None:
+    """The circuit that is known of the run, where it compares with what was found."""
+    meant = known_ablations(run)
+    fits = {
+        f"granularity {GRANULARITY}": question.granularity == GRANULARITY,
+        f"ablation {' or '.join(meant)}": question.ablation in meant,
+    }
+    if unfit := [choice for choice, fit in fits.items() if not fit]:
+        state.missing(f"To compare with the known circuit, choose {' and '.join(unfit)} in the sidebar.")
+        return None
+    circuit = known_circuit(run, held.circuit.graph, held.circuit.terms)
+    return Other(circuit=circuit, name=KNOWN, meanings=AGAINST_TRUTH)
 
 
 def _more(question: Question, held: Found, size: int | None, circuit: Circuit, other: Other | None) -> None:
