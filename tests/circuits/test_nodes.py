@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -38,6 +39,17 @@ class Squares:
         return (edits or {}).get(EMBED, lambda x: x)(embedded).square()
 
 
+class Renamed(Squares):
+    """The same with its embedding under another name."""
+
+    def __init__(self, site: Site) -> None:
+        self.sites = (site,)
+
+    def forward(self, tokens: Tensor, edits: Mapping[Site, Edit] | None = None) -> Tensor:
+        [site] = self.sites
+        return super().forward(tokens, {EMBED: edits[site]} if edits else {})
+
+
 def one_token(*clean: int, corrupt: int = 1) -> Batch:
     tokens = torch.tensor(clean)[:, None]
     zero = torch.zeros_like(tokens)
@@ -55,6 +67,22 @@ def test_scores_worked_by_hand(method: str, reference: str, score: float) -> Non
     found = score_nodes(Squares(), one_token(0), method=method, reference=reference)  # pyright: ignore[reportArgumentType]
     assert found.score.tolist() == [score]
     assert (found.clean, found.ablated) == (4, -1)
+
+
+@pytest.mark.parametrize(("points", "score"), [(1, 2), (2, 3.5), (5, 4.4)])
+def test_a_path_worked_by_hand(points: int, score: float) -> None:
+    # At a share s of the clean run (2s, 1 - s), with slopes (4s, -2 + 2s): times the change (2, -1) it is 2 + 6s.
+    found = score_nodes(Squares(), one_token(0), method="attribution-ig", points=points)
+    assert found.score.tolist() == pytest.approx([score])
+    assert (found.clean, found.ablated, found.reference) == (4, -1, "path")
+    assert f"left Riemann sum of {points} points on the inputs" in found.rule
+    [table] = found.tables()
+    assert table.name == "node_scores_attribution_ig"
+    assert "taken at the path from the ablated to the clean run" in table.caption
+    # Where a model names no embeddings, the path is that of the stream into its first layer.
+    stream = Renamed(Site(kind=SiteKind.resid_pre, layer=0))
+    again = score_nodes(stream, one_token(0), sites="resid_pre", method="attribution-ig", points=points)
+    assert again.score.tolist() == found.score.tolist()
 
 
 @pytest.mark.parametrize(
@@ -157,6 +185,73 @@ def test_exact_scores_are_single_edits(
     torch.testing.assert_close(again.examples, found.examples, rtol=1e-9, atol=1e-9)
 
 
+def along_the_path(model: Transformer, batch: Batch, found: NodeScores, points: int) -> Tensor:
+    """The reference: each point of the path by itself, with edits and gradients that no other code has a part in."""
+    assert batch.corrupt is not None
+    inputs = [EMBED, Site(kind=SiteKind.pos_embed)]
+    whole = {site.whole for site in found.sites} | set(inputs)
+
+    def seen(tokens: Tensor, mixed: Mapping[Site, Tensor] | None = None) -> tuple[dict[Site, Tensor], Tensor]:
+        kept: dict[Site, Tensor] = {}
+
+        def keep(site: Site, tensor: Tensor) -> Tensor:
+            given = tensor if mixed is None or site not in mixed else mixed[site]
+            kept[site] = given if given.requires_grad else given.detach().requires_grad_()
+            return kept[site]
+
+        logits = model.forward(tokens, {site: partial(keep, site) for site in whole})
+        return kept, METRICS[found.terms.metric](logits[batch.read], batch)
+
+    (clean, _), (other, _) = seen(batch.tokens), seen(batch.corrupt)
+    ablated = {
+        "resample": other,
+        "zero": {site: torch.zeros_like(tensor) for site, tensor in clean.items()},
+        "mean": {site: tensor.mean(0, keepdim=True).expand_as(tensor) for site, tensor in clean.items()},
+    }[found.terms.ablation]
+    slopes = {site: torch.zeros_like(tensor) for site, tensor in clean.items()}
+    for point in range(points):
+        mixed = {site: ablated[site] + point / points * (clean[site] - ablated[site]) for site in inputs}
+        kept, values = seen(batch.tokens, {site: tensor.detach() for site, tensor in mixed.items()})
+        gradients = torch.autograd.grad(values.sum(), list(kept.values()), allow_unused=True)
+        for site, gradient in zip(kept, gradients, strict=True):
+            slopes[site] += 0 if gradient is None else gradient / points
+    products = {site: (clean[site] - ablated[site]) * slopes[site] for site in whole}
+    return torch.stack([place(site, products[site.whole]).flatten(1).sum(1) for site in found.sites], 1).detach()
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("fields", [{}, {"schedule": (0, 1, 0)}], ids=str)
+def test_the_points_of_a_path_are_rows(
+    fields: dict[str, object], ablation: Ablation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = transformer(**fields), pairs()
+    found = score_nodes(model, batch, sites=EVERY, metric="loss", method="attribution-ig", points=4, ablation=ablation)
+    expected = along_the_path(model, batch, found, 4)
+    torch.testing.assert_close(found.examples, expected, rtol=1e-9, atol=1e-9)
+    assert float(found.score.abs().max()) > 1e-2
+    # A few points at a time give the same.
+    monkeypatch.setattr("circuits.nodes.ROWS", 11)
+    again = score_nodes(model, batch, sites=EVERY, metric="loss", method="attribution-ig", points=4, ablation=ablation)
+    torch.testing.assert_close(again.examples, found.examples, rtol=1e-9, atol=1e-9)
+
+
+def test_a_path_of_one_point_is_attribution_at_the_corrupt_run() -> None:
+    model, batch = transformer(pad_token=6), pairs(padded=True)
+    for metric in ("logit_difference", "kl"):
+        asked = {"sites": EVERY, "metric": metric}
+        path = score_nodes(model, batch, method="attribution-ig", points=1, **asked)
+        other = score_nodes(model, batch, method="attribution", reference="corrupt", **asked)
+        torch.testing.assert_close(path.examples, other.examples, rtol=1e-9, atol=1e-9)
+
+
+def test_along_the_whole_path_the_inputs_carry_all_that_is_lost() -> None:
+    model, batch = transformer(), pairs()
+    found = score_nodes(model, batch, sites="embed,pos_embed", method="attribution-ig", points=2000)
+    assert float(found.score.sum()) == pytest.approx(found.clean - found.ablated, rel=2e-2)
+    short = score_nodes(model, batch, sites="embed,pos_embed", method="attribution")
+    assert float(short.score.sum()) != pytest.approx(found.clean - found.ablated, rel=0.2)
+
+
 def bridged(model: Transformer) -> Instrumented:
     return BridgeModel(to_bridge(model)[0])
 
@@ -165,7 +260,7 @@ def traced(model: Transformer) -> Instrumented:
     return nnsight_model(model, {site: site.place for site in model.sites}, config=model.config)
 
 
-@pytest.mark.parametrize("method", ["exact", "attribution"])
+@pytest.mark.parametrize("method", ["exact", "attribution", "attribution-ig"])
 @pytest.mark.parametrize("backend", [bridged, traced])
 def test_any_instrumented_model_has_the_same_scores(
     backend: Callable[[Transformer], Instrumented], method: str
@@ -284,6 +379,9 @@ def test_without_counterfactuals_there_are_mean_and_zero() -> None:
         ({"metric": "accuracy", "method": "attribution"}, "'accuracy' has no gradient: it counts top tokens"),
         ({"metric": "disagreement", "method": "attribution", "reference": "corrupt"}, "'disagreement' has no gradient"),
         ({"metric": "kl", "method": "attribution"}, "compares with the clean run.*Say reference='corrupt'"),
+        ({"method": "attribution-ig", "reference": "clean"}, "leave reference='clean' out"),
+        ({"method": "attribution-ig", "points": 0}, "A path needs at least 1 point, got 0"),
+        ({"method": "attribution-ig", "metric": "accuracy"}, "'accuracy' has no gradient: it counts top tokens"),
         ({"ablation": "mean", "reference": "corrupt"}, "other end of resample ablation, not of mean"),
         ({"metric": "acuracy"}, "Did you mean 'accuracy'"),
         ({"sites": "L7.z"}, "Site L7.z is not in this model"),
@@ -317,6 +415,9 @@ def test_models_and_scores_that_cannot_be_are_refused() -> None:
 
     with pytest.raises(WorkbenchError, match="names none of the sites embed, pos_embed, z, mlp_out"):
         score_nodes(Streams(), one_token(0))
+    late = Renamed(Site(kind=SiteKind.resid_pre, layer=1))
+    with pytest.raises(WorkbenchError, match="neither its embeddings nor the stream into its first layer"):
+        score_nodes(late, one_token(0), sites="resid_pre", method="attribution-ig")
     found = score_nodes(model, pairs())
     with pytest.raises(WorkbenchError, match="1 scores of method 'exact' are not finite, such as that of L0.z.h0"):
         replace(found, examples=found.examples.index_fill(1, torch.tensor([2]), torch.nan))
