@@ -50,11 +50,14 @@ def patch_of(
     split: str = "test",
     metric: str = "logit_difference",
 ) -> PatchMap:
-    """Activation patching over pairs of a split."""
+    """Activation patching over pairs of a split; of the default sites those that the model has."""
+    model = run.model(step)
+    kinds = {site.kind.name for site in model.sites}
+    usual = ",".join(kind for kind in PATCH_SITES.split(",") if kind in kinds)
     return patch_each(
-        run.model(step),
+        model,
         pairs_of(run, n, split),
-        sites=sites,
+        sites=usual if sites == PATCH_SITES else sites,
         metric=metric,
         direction=direction,
         position_labels=run.task.position_labels,

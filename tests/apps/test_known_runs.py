@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from apps.analyses import kept
+from apps.analyses import kept, patch_of
 from apps.circuits_of_runs import circuit_of, graph_of
 from apps.cli import main
 from apps.known_runs import GRANULARITY, import_known, known_ablations, known_circuit
@@ -72,6 +72,13 @@ def test_the_truth_is_of_the_runs_own_graph(name: str, folder: Path) -> None:
             # Nothing else takes part, so that the truth alone does the task.
             alone = circuit_values(plan, truth.keep[None])[0]
             torch.testing.assert_close(alone, plan.full, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_without_mlps_is_patched_where_it_can_be(folder: Path) -> None:
+    found = patch_of(load("induction", runs=folder), n=8)
+    assert {cell.site.kind.name for cell in found.cells} == {"resid_pre", "attn_out", "z"}
+    with pytest.raises(WorkbenchError, match="'mlp_out' is not in this model"):
+        patch_of(load("induction", runs=folder), sites="mlp_out")
 
 
 def test_other_runs_have_no_known_circuit(pairs_folder: Path) -> None:
