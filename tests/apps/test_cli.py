@@ -309,7 +309,7 @@ def test_mistakes(arguments: tuple[str, ...], says: str, finished: Path, refusal
         ("train",),
         ("train", "modular", "--seed", "one"),
         ("patch", "tiny", "--direction", "sideways"),
-        ("import", "model.pt"),
+        ("import", "--pairs", "pairs.csv"),
         ("app", "--port", "eighty"),
     ],
 )

@@ -145,6 +145,7 @@ def test_the_page_lays_the_known_circuit_over_what_was_found(
     assert not app.error
     said = " ".join(each.value for each in app.caption)
     assert "Against the known circuit (7 edges): hit" in said
+    assert ("can only be found by zero ablation" in said) == (question.ablation != "zero")
     table = next(frame.value for frame in app.dataframe if "status" in frame.value.columns)
     known = load_known("induction")
     assert set(table[table["status"] != "false alarm"]["edge"]) == known.structural | known.constants

@@ -326,6 +326,8 @@ def _known(run: Run, question: Question, held: Found) -> Other | None:
     if unfit := [choice for choice, fit in fits.items() if not fit]:
         state.missing(f"To compare with the known circuit, choose {' and '.join(unfit)} in the sidebar.")
         return None
+    if question.ablation != "zero":
+        st.caption("Edges that carry the same in every prompt, such as positions, can only be found by zero ablation.")
     circuit = known_circuit(run, held.circuit.graph, held.circuit.terms)
     return Other(circuit=circuit, name=KNOWN, meanings=AGAINST_TRUTH)
 
