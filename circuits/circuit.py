@@ -58,7 +58,7 @@ class EdgeScores:
     examples: Float[Tensor, "batch edge"] | None = None
     """The same for each example, where the method gives it."""
     live: Bool[Tensor, " edge"]
-    """Edges that can change an answer; the others carry the same in both runs, or reach nothing that is read."""
+    """Edges that lie in a circuit of carrying edges: with all others ablated every answer is the model's."""
     scale: str
     """Unit of the score."""
     reference: str

@@ -57,12 +57,19 @@ class Experiment:
 
     @functools.cached_property
     def live(self) -> Bool[Tensor, " edge"]:
-        """Carrying edges less those that dangle among them: with all others ablated, every answer is the model's."""
+        """Edges that lie in a circuit of carrying edges: with all others ablated, every answer is the model's.
+
+        An edge that is not live can still change an answer alone: it carries, but into a node that writes the same in
+        both runs, and writes something else once its input is taken away.
+        """
         return self.graph.pruned(self.carrying, self.ablation)
 
     @functools.cached_property
     def carrying(self) -> Bool[Tensor, " edge"]:
-        """Edges that carry something else under ablation, at a position from which a read answer can depend on them."""
+        """Edges that carry something else under ablation, at a position from which a read answer can depend on them.
+
+        No other edge changes an answer when it is ablated alone.
+        """
         changed = (self.clean - self.ablated).abs().amax(-1) > 1e-6 * self.clean.abs().amax()
         needed = self._needed()
         columns = columns_of(self.graph, changed.shape[1])

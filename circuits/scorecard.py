@@ -60,7 +60,7 @@ class Row:
     metric: str
     edges: int
     live: int
-    """Edges that can change an answer at all; every finder is told which."""
+    """Edges that lie in a circuit of carrying edges; every finder is told which."""
     true: int
     quality: Quality | None
     """None where the finder could not run, or where all edges are true or none is."""

@@ -29,6 +29,8 @@ RESAMPLES = 200
 """Times that the examples are drawn anew."""
 MOST_FLIPS = 20_000
 """Sign assignments that a p-value is taken over, at most."""
+ROUNDING = 1e-6
+"""Share of the largest effect up to which one is rounding."""
 ELEMENTS = 2**24
 """Numbers that the sign assignments of some edges may hold."""
 
@@ -103,7 +105,9 @@ class Significance:
 
     scores: EdgeScores
     pvalue: Float[Tensor, " edge"]
-    """That the mean effect is 0, by flipping signs of examples; 1 for edges that are not live."""
+    """That the mean effect is 0, by flipping signs of examples; 1 for edges that are not tested."""
+    tested: Bool[Tensor, " edge"]
+    """Edges with an effect in some example, whether or not they are live."""
     found: Bool[Tensor, " edge"]
     rate: float
     """Share of false ones to expect among what was found, at most."""
@@ -138,7 +142,7 @@ class Significance:
                 axes={"x": "edge", "y": "score", "low": "low", "high": "high"},
                 unit=self.scores.scale,
                 caption=(
-                    f"The {len(self.edges)} of {int(self.scores.live.sum())} live edges whose effect by "
+                    f"The {len(self.edges)} of {int(self.tested.sum())} edges with an effect whose mean effect by "
                     f"{self.scores.method} is not 0 at a false-discovery rate of {self.rate:g}; {terms.metric} lost "
                     f"under {terms.ablation} ablation. Two-sided sign-flip test with {self.flips} assignments, "
                     f"Benjamini-Hochberg; n = {terms.n} examples, 95 % paired bootstrap intervals."
@@ -154,7 +158,7 @@ class Significance:
         return {
             "edges": rows.to_dict("records"),
             "rate": self.rate,
-            "tested": int(self.scores.live.sum()),
+            "tested": int(self.tested.sum()),
             "flips": self.flips,
             "seed": self.seed,
             "method": self.scores.method,
@@ -200,11 +204,13 @@ def stability(
 
 
 def significant_edges(scores: EdgeScores, *, rate: float = 0.05, seed: int = 0) -> Significance:
-    """Find the edges whose mean effect is not 0, at a false-discovery rate over all live edges.
+    """Find the edges whose mean effect is not 0, at a false-discovery rate over all edges with an effect.
 
-    The test takes an edge that does nothing on average to have effects spread alike on both sides of 0, and the rate
-    takes edges to be independent or to move together (Benjamini & Yekutieli 2001). Of effects that were estimated from
-    gradients it says that the estimate is not 0.
+    An edge is tested if it has an effect in some example, which edges that are not live can have. The test only flips
+    signs, so that choosing by the size of effects does not look at its outcome. It takes an edge that does nothing on
+    average to have effects spread alike on both sides of 0, and the rate takes edges to be independent or to move
+    together (Benjamini & Yekutieli 2001). Of effects that were estimated from gradients it says that the estimate is
+    not 0.
 
     Args:
         scores: of a method that scores example by example, in the unit of the metric.
@@ -216,7 +222,7 @@ def significant_edges(scores: EdgeScores, *, rate: float = 0.05, seed: int = 0) 
             few examples that nothing could be found.
     """
     examples = _by_example(scores)
-    n, live = len(examples), scores.live.nonzero()[:, 0]
+    n = len(examples)
     if scores.scale != scores.terms.unit:
         raise WorkbenchError(
             f"Scores of method {scores.method!r} are in {scores.scale}, not in {scores.terms.unit}: they are no "
@@ -229,14 +235,17 @@ def significant_edges(scores: EdgeScores, *, rate: float = 0.05, seed: int = 0) 
             f"With {n} examples no p-value is below {2.0 ** (1 - n):g}, so that nothing could be found at rate "
             f"{rate:g}. Score at least {1 + math.ceil(-math.log2(rate))} examples."
         )
+    largest = examples.abs().amax(0)
+    tested = largest > ROUNDING * largest.max()
+    places = tested.nonzero()[:, 0]
     # Enough assignments that one edge alone could pass.
-    flips = min(MOST_FLIPS, max(LEAST_FLIPS, math.ceil(len(live) / rate)))
+    flips = min(MOST_FLIPS, max(LEAST_FLIPS, math.ceil(len(places) / rate)))
     pvalue = torch.ones(len(scores.score), dtype=torch.float64)
-    for some in live.split(max(1, ELEMENTS // flips)):
+    for some in places.split(max(1, ELEMENTS // flips)) if len(places) else ():
         pvalue[some] = sign_flip_pvalue(examples[:, some].double(), seed=seed, resamples=flips)
-    found = torch.zeros_like(scores.live)
-    found[live] = discoveries(pvalue[live], rate=rate)
-    return Significance(scores=scores, pvalue=pvalue, found=found, rate=rate, flips=flips, seed=seed)
+    found = torch.zeros_like(tested)
+    found[places] = discoveries(pvalue[places], rate=rate)
+    return Significance(scores=scores, pvalue=pvalue, tested=tested, found=found, rate=rate, flips=flips, seed=seed)
 
 
 def _by_example(scores: EdgeScores) -> Float[Tensor, "batch edge"]:

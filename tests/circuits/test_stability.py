@@ -14,6 +14,7 @@ from circuits.attribution import eap, exact_scores
 from circuits.circuit import EdgeScores
 from circuits.masks import learned_mask
 from circuits.stability import significant_edges, stability
+from tests.circuits.test_attribution import silent_mlp
 from tests.circuits.test_consensus import TERMS, scored
 from tests.circuits.test_memoised import planned
 from workbench.figures import figure
@@ -119,15 +120,26 @@ def test_a_stricter_rate_finds_less() -> None:
     assert set(strict.edges) < set(loose.edges)
 
 
-def test_dead_edges_are_not_tested() -> None:
-    """Thirty edges without an effect would hide one whose p-value is 0.02; dead ones must not."""
+def test_edges_without_any_effect_are_not_tested() -> None:
+    """Thirty edges that do nothing on average would hide one whose p-value is 0.02; those that do nothing must not."""
     examples = noise(1, edges=46) + torch.where(torch.arange(46) == 5, 0.45, 0.0)
-    every, alone = torch.ones(46, dtype=torch.bool), torch.arange(46) == 5
-    assert significant_edges(on_plain(examples, live=every)).edges == []
-    found = significant_edges(on_plain(examples, live=alone))
+    alone = torch.arange(46) == 5
+    assert significant_edges(on_plain(examples)).edges == []
+    found = significant_edges(on_plain(torch.where(alone, examples, 1e-9 * examples)))
     assert len(found.edges) == 1
+    assert torch.equal(found.tested, alone)
     assert found.pvalue[~alone].tolist() == [1.0] * 45
     assert found.flips == 1000
+    nothing = significant_edges(on_plain(torch.zeros(32, 46)))
+    assert (nothing.edges, nothing.summary()["tested"]) == ([], 0)
+
+
+def test_an_edge_that_is_not_live_can_have_an_effect() -> None:
+    scores = exact_scores(silent_mlp())
+    assert scores.examples is not None
+    found = significant_edges(replace(scores, examples=scores.examples.repeat(4, 1)))
+    assert found.edges == ["input->m0", "input->logits"]
+    assert scores.graph.names(scores.live) == ["input->logits"]
 
 
 def test_pvalues_are_those_of_the_sign_flip_test_in_any_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +178,7 @@ def test_what_is_shown_of_significant_edges() -> None:
     found = significant_edges(on_plain(examples))
     (table,) = found.tables()
     assert table.frame["edge"].tolist() == found.edges[::-1]
-    assert "2 of 46 live edges" in table.caption
+    assert "2 of 46 edges with an effect" in table.caption
     figure(table)
     summary = json.loads(json.dumps(found.summary(), allow_nan=False))
     assert [row["to"] for row in summary["edges"]] == table.frame["to"].tolist()[::-1]
