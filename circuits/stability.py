@@ -223,7 +223,7 @@ def significant_edges(scores: EdgeScores, *, rate: float = 0.05, seed: int = 0) 
     """
     examples = _by_example(scores)
     n = len(examples)
-    if scores.scale != scores.terms.unit:
+    if not scores.is_effect:
         raise WorkbenchError(
             f"Scores of method {scores.method!r} are in {scores.scale}, not in {scores.terms.unit}: they are no "
             "effects that could be 0 by chance. Use 'exact', 'eap' or 'eap-ig'."
