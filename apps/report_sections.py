@@ -317,9 +317,9 @@ def _circuit(evidence: Evidence) -> Section | None:
         title="Circuit",
         text=f"The smallest circuit from the top of the {circuit.method} ranking that keeps 90 % of the metric and of "
         f"the accuracy on the pairs that it was found on: {circuit.size} of {len(circuit.graph.edges)} edges, "
-        f"{found.live_edges} of which are live: with all others ablated every answer is the model's. What the circuit "
-        "leaves out carries "
-        f"the counterfactual run's values ({circuit.terms.ablation} ablation). Judged on another draw of n = {found.n} pairs: faithfulness "
+        f"{found.live_edges} of which are live: with all others ablated every answer is the model's. All edges "
+        f"but the circuit's carry the counterfactual run's values ({circuit.terms.ablation} ablation). Judged on "
+        f"another draw of n = {found.n} pairs: faithfulness "
         f"{_with_interval(found.faithfulness)}, accuracy over the whole vocabulary {_with_interval(found.accuracy)} "
         f"(the model's own: {found.model_accuracy:.3g}).{band} With the circuit ablated and all else kept, "
         f"{_with_interval(found.necessity)} of the metric is lost. Taking one part out of the circuit and of the "

@@ -46,6 +46,12 @@ from workbench.runtime import WorkbenchError, code_version, nearest, one_thread
 from workbench.store import Provenance
 from workbench.tables import Table
 
+FOR_NOTHING = (
+    "0.5 is chance over all edges; live_auroc is what a finder has for nothing, by setting only live edges before the "
+    "others."
+)
+"""What an AUROC is read against."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -142,14 +148,16 @@ class ScoreCard:
         frame = self.frame
         caption = (
             f"Circuit finders on known circuits ({self._set()}), n = {self.n} pairs each. Causal: edges whose ablation "
-            f"alone moves some example's metric by more than {CHANGE:g} of the headroom. Random: mean and 95 % band of "
-            f"{RANKINGS} random rankings. Time in forward passes of the same pairs. EAP takes the ablated run's "
-            "gradient where the metric compares with the clean run, and the clean run's elsewhere."
+            f"alone moves some example's metric by more than {CHANGE:g} of the headroom. AUROC and AUPRC are over all "
+            "edges, precision and recall at the true size among live edges. Random: mean and 95 % band of "
+            f"{RANKINGS} random rankings of the same edges. AUROC: {FOR_NOTHING} Time in forward passes of the same "
+            "pairs. EAP takes the ablated run's gradient where the metric compares with the clean run, and the clean "
+            "run's elsewhere."
         )
         causal = frame.query("truth == 'causal'").dropna(subset=["auroc"]).reset_index(drop=True)
         over = (
             f"Mean AUROC over the circuits ({self._set()}) that all finders could score, with 95 % bootstrap "
-            "intervals over circuits; each ablation and truth apart. 0.5 is chance."
+            f"intervals over circuits; each ablation and truth apart. {FOR_NOTHING}"
         )
         return [
             Table(name="scorecard", frame=frame, kind="table", axes={}, unit="", caption=caption),
@@ -159,7 +167,7 @@ class ScoreCard:
                 kind="heatmap",
                 axes={"x": "circuit", "y": "finder", "value": "auroc", "facet": "ablation"},
                 unit="AUROC",
-                caption=f"AUROC of each finder against the causal truth ({self._set()}), n = {self.n}. 0.5 is chance.",
+                caption=f"AUROC of each finder against the causal truth ({self._set()}), n = {self.n}. {FOR_NOTHING}",
             ),
             Table(
                 name="scorecard_means",
@@ -323,7 +331,7 @@ def _blank(circuit: str, plan: Experiment, truth: Truth, true: Bool[Tensor, " ed
         live=int(plan.live.sum()),
         true=n_true,
         quality=None,
-        chance=chance(edges, n_true, seed=seed),
+        chance=chance(true, plan.live, seed=seed),
         live_auroc=None if of_live is None else of_live.auroc,
         cpu_seconds=None,
         forwards=None,
