@@ -40,7 +40,7 @@ from circuits.truths import (
     set_digest,
     truths,
 )
-from workbench.intervals import paired_bootstrap
+from workbench.intervals import t_interval
 from workbench.models.known import ABLATIONS, Ablation, KnownCircuit
 from workbench.runtime import WorkbenchError, code_version, nearest, one_thread
 from workbench.store import Provenance
@@ -116,10 +116,10 @@ class ScoreCard:
 
     @property
     def means(self) -> pd.DataFrame:
-        """Mean AUROC of each finder over circuits, with a 95 % bootstrap interval over circuits.
+        """Mean AUROC of each finder over circuits, with Student's 95 % interval over circuits, cut at 0 and 1.
 
-        Finders are compared on the same circuits: a circuit that one of them could not score is left out for all, and
-        a finder that scored none is left out.
+        One circuit alone has no interval. Finders are compared on the same circuits: a circuit that one of them could
+        not score is left out for all, and a finder that scored none is left out.
         """
         found: list[dict[str, object]] = []
         for _, rows in self.frame.groupby(["ablation", "truth"], sort=False):
@@ -128,7 +128,8 @@ class ScoreCard:
             if wide.empty:
                 continue
             values = torch.tensor(wide.to_numpy())
-            low, high = paired_bootstrap(values)
+            low, high = (end.clamp(0, 1) for end in t_interval(values))
+            live = rows.drop_duplicates("circuit").set_index("circuit")["live_auroc"].astype(float)
             found += [
                 {
                     "finder": finder,
@@ -137,11 +138,13 @@ class ScoreCard:
                     "auroc": float(values[:, place].mean()),
                     "low": float(low[place]),
                     "high": float(high[place]),
+                    "live_auroc": float(live[wide.index].mean()),
                     "circuits": len(wide),
                 }
                 for place, finder in enumerate(wide.columns)
             ]
-        return pd.DataFrame(found, columns=["finder", "ablation", "truth", "auroc", "low", "high", "circuits"])
+        columns = ["finder", "ablation", "truth", "auroc", "low", "high", "live_auroc", "circuits"]
+        return pd.DataFrame(found, columns=columns)
 
     def tables(self) -> Sequence[Table]:
         """All numbers, a map of the causal AUROC, and means over circuits."""
@@ -155,9 +158,12 @@ class ScoreCard:
             "run's elsewhere."
         )
         causal = frame.query("truth == 'causal'").dropna(subset=["auroc"]).reset_index(drop=True)
+        means = self.means
+        counts = means.drop_duplicates(["ablation", "truth"])
+        n = ", ".join(f"{row.circuits} ({row.ablation}, {row.truth})" for row in counts.itertuples()) or "none"
         over = (
-            f"Mean AUROC over the circuits ({self._set()}) that all finders could score, with 95 % bootstrap "
-            f"intervals over circuits; each ablation and truth apart. {FOR_NOTHING}"
+            f"Mean AUROC over the circuits ({self._set()}) that all finders could score, n = {n}, with Student's 95 % "
+            f"intervals over circuits, cut at 0 and 1. {FOR_NOTHING}"
         )
         return [
             Table(name="scorecard", frame=frame, kind="table", axes={}, unit="", caption=caption),
@@ -171,7 +177,7 @@ class ScoreCard:
             ),
             Table(
                 name="scorecard_means",
-                frame=self.means,
+                frame=means,
                 kind="bar",
                 axes={
                     "x": "finder",

@@ -252,13 +252,26 @@ def test_means_compare_finders_on_the_same_circuits(card: ScoreCard) -> None:
     assert (means["circuits"] == 4).all()
     values = card.frame.query("ablation == 'zero' and truth == 'causal' and finder == 'eap'")["auroc"]
     assert means.loc["eap", "auroc"] == pytest.approx(values.mean())
-    assert means.loc["eap", "low"] <= values.mean() <= means.loc["eap", "high"]
+    half = 3.182446 * values.std() / 4**0.5
+    assert means.loc["eap", "low"] == pytest.approx(max(0, values.mean() - half), abs=1e-5)
+    assert means.loc["eap", "high"] == pytest.approx(min(1, values.mean() + half), abs=1e-5)
+    assert means.loc["eap", "high"] == 1
+    free = card.frame.query("ablation == 'zero' and truth == 'causal' and finder == 'eap'")["live_auroc"]
+    assert means.loc["exact", "live_auroc"] == means.loc["eap", "live_auroc"] == pytest.approx(free.mean())
+    assert "n = 2 (resample, structural)" in card.tables()[-1].caption
     assert means.loc["exact", "low"] == means.loc["exact", "high"] == 1
     lacking = tuple(
         replace(one, quality=None) if (one.circuit, one.finder) == ("induction", "eap") else one for one in card.rows
     )
     without = replace(card, rows=lacking).means.query("ablation == 'zero' and truth == 'causal'")
     assert (without["circuits"] == 3).all()
+
+
+def test_one_circuit_has_no_interval_over_circuits() -> None:
+    alone = scorecard(["exact"], ["copy"], ["zero"], n=4)
+    assert bool(alone.means[["low", "high"]].isna().all(axis=None))
+    assert json.loads(to_json(alone.summary()))["means"][0]["low"] is None
+    assert figure(alone.tables()[-1]) is not None
 
 
 def test_time_is_counted_in_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
