@@ -28,7 +28,7 @@ from workbench.tables import Table
 RESAMPLES = 200
 """Times that the examples are drawn anew."""
 MOST_FLIPS = 20_000
-"""Sign assignments that a p-value is taken over, at most."""
+"""Sign assignments that a p-value is taken over, at most: enough for one of 1000 edges to pass alone at a rate of 5 %."""
 ROUNDING = 1e-6
 """Share of the largest effect up to which one is rounding."""
 ELEMENTS = 2**24
@@ -126,6 +126,12 @@ class Significance:
         return self.scores.graph.names(self.found)
 
     @property
+    def fewest(self) -> int:
+        """How many edges must have the least p-value there is for any to be found; 1 where one alone can be."""
+        least = _least_pvalue(self.scores.terms.n, self.flips)
+        return max(1, math.ceil(int(self.tested.sum()) * least / self.rate))
+
+    @property
     def frame(self) -> pd.DataFrame:
         """One row an edge, in the graph's order, with the effect's interval."""
         return self.scores.frame.assign(pvalue=self.pvalue.tolist(), significant=self.found.tolist())
@@ -145,7 +151,8 @@ class Significance:
                     f"The {len(self.edges)} of {int(self.tested.sum())} edges with an effect whose mean effect by "
                     f"{self.scores.method} is not 0 at a false-discovery rate of {self.rate:g}; {terms.metric} lost "
                     f"under {terms.ablation} ablation. Two-sided sign-flip test with {self.flips} assignments, "
-                    f"Benjamini-Hochberg; n = {terms.n} examples, 95 % paired bootstrap intervals."
+                    f"Benjamini-Hochberg, by which at least {self.fewest} must stand out for any to be found; "
+                    f"n = {terms.n} examples, 95 % paired bootstrap intervals."
                 ),
             )
         ]
@@ -160,6 +167,7 @@ class Significance:
             "rate": self.rate,
             "tested": int(self.tested.sum()),
             "flips": self.flips,
+            "fewest": self.fewest,
             "seed": self.seed,
             "method": self.scores.method,
             "ablation": terms.ablation,
@@ -212,6 +220,10 @@ def significant_edges(scores: EdgeScores, *, rate: float = 0.05, seed: int = 0) 
     together (Benjamini & Yekutieli 2001). Of effects that were estimated from gradients it says that the estimate is
     not 0.
 
+    P-values are as coarse as examples and sign assignments are few, of which there are 20,000 at most. Where so many
+    edges are tested that the least p-value is too large for one alone, several must reach it together for any to be
+    found (`fewest`).
+
     Args:
         scores: of a method that scores example by example, in the unit of the metric.
         rate: share of false ones to expect among what is found, at most.
@@ -219,7 +231,7 @@ def significant_edges(scores: EdgeScores, *, rate: float = 0.05, seed: int = 0) 
 
     Raises:
         WorkbenchError: no scores by example, scores that are no effects on the metric, a rate outside (0, 1), or so
-            few examples that nothing could be found.
+            few examples or so low a rate that nothing could be found.
     """
     examples = _by_example(scores)
     n = len(examples)
@@ -238,14 +250,24 @@ def significant_edges(scores: EdgeScores, *, rate: float = 0.05, seed: int = 0) 
     largest = examples.abs().amax(0)
     tested = largest > ROUNDING * largest.max()
     places = tested.nonzero()[:, 0]
-    # Enough assignments that one edge alone could pass.
+    # As far as that is possible, enough assignments that one edge alone can pass.
     flips = min(MOST_FLIPS, max(LEAST_FLIPS, math.ceil(len(places) / rate)))
+    if _least_pvalue(n, flips) > rate:
+        raise WorkbenchError(
+            f"With {flips} sign assignments no p-value is below {_least_pvalue(n, flips):.2g}, so that nothing could "
+            f"be found at rate {rate:g}. Choose a higher rate."
+        )
     pvalue = torch.ones(len(scores.score), dtype=torch.float64)
     for some in places.split(max(1, ELEMENTS // flips)) if len(places) else ():
         pvalue[some] = sign_flip_pvalue(examples[:, some].double(), seed=seed, resamples=flips)
     found = torch.zeros_like(tested)
     found[places] = discoveries(pvalue[places], rate=rate)
     return Significance(scores=scores, pvalue=pvalue, tested=tested, found=found, rate=rate, flips=flips, seed=seed)
+
+
+def _least_pvalue(n: int, flips: int) -> float:
+    """The least that the test can give: of all 2^n assignments two are as far from 0 as the observed one."""
+    return max(2.0 ** (1 - n), 1 / (flips + 1))
 
 
 def _by_example(scores: EdgeScores) -> Float[Tensor, "batch edge"]:

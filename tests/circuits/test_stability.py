@@ -157,14 +157,30 @@ def test_there_are_enough_assignments_for_one_edge_to_pass() -> None:
     examples[:, 7] += 5
     found = significant_edges(on_plain(examples), rate=0.01)
     assert found.flips == 4600
+    assert found.fewest == 1
     assert found.found.nonzero().tolist() == [[7]]
+
+
+def test_where_one_edge_alone_cannot_pass_it_is_said_how_many_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 46 edges at a rate of 0.05 with 199 assignments, p = 1/200 is enough for 46 / 200 / 0.05 = 4.6 together."""
+    monkeypatch.setattr(room, "MOST_FLIPS", 199)
+    for strong, count in ((4, 0), (5, 5)):
+        examples = torch.tensor([[1.0], [-1.0]]).double().repeat(16, 46)
+        examples[:, :strong] += 5
+        found = significant_edges(on_plain(examples))
+        assert (found.flips, found.fewest, len(found.edges)) == (199, 5, count)
+    assert found.summary()["fewest"] == 5
+    assert "at least 5 must stand out" in found.tables()[0].caption
+    # Of six examples two of 64 assignments are as far out: 46 / 32 / 0.05.
+    assert significant_edges(on_plain(noise(0, n=6, edges=46))).fewest == 29
 
 
 def test_what_cannot_be_tested_is_refused() -> None:
     few = on_plain(noise(0, n=5, edges=46))
     with pytest.raises(WorkbenchError, match=r"With 5 examples no p-value is below 0.0625.*at least 6 examples"):
         significant_edges(few)
-    significant_edges(on_plain(noise(0, n=6, edges=46)))
+    with pytest.raises(WorkbenchError, match="With 20000 sign assignments no p-value is below 5e-05.*higher rate"):
+        significant_edges(on_plain(noise(0, edges=46)), rate=1e-5)
     with pytest.raises(WorkbenchError, match="in share of the flow, not in logits"):
         significant_edges(on_plain(noise(0, edges=46), scale="share of the flow"))
     for rate in (0.0, 1.0):
