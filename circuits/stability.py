@@ -28,7 +28,7 @@ from workbench.tables import Table
 RESAMPLES = 200
 """Times that the examples are drawn anew."""
 MOST_FLIPS = 20_000
-"""Sign assignments that a p-value is taken over, at most: enough for one of 1000 edges to pass alone at a rate of 5 %."""
+"""Sign assignments that a p-value is taken over, at most: at a rate of 5 %, enough for one of 1000 edges alone."""
 ROUNDING = 1e-6
 """Share of the largest effect up to which one is rounding."""
 ELEMENTS = 2**24
