@@ -123,5 +123,5 @@ def _numbers(evaluation: Evaluation) -> list[float]:
         float("nan") if random_95 is None else random_95,
         evaluation.necessity.mean,
         evaluation.accuracy.mean,
-        evaluation.completeness,
+        evaluation.completeness.mean,
     ]
