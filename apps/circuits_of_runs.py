@@ -129,7 +129,7 @@ def history_of(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> CircuitHistory:
-    """The circuit of one size at every checkpoint, on the same pairs.
+    """The circuit of one size at every checkpoint, found on the same pairs and judged on another draw of as many.
 
     With neither a number of edges nor a threshold, the size is that of the last checkpoint's smallest circuit.
     """
@@ -153,6 +153,7 @@ def history_of(
     return through_training(
         run,
         batch,
+        judged_on=run.task.sample(n, split=split, seed=seed + 1),
         method=method,
         edges=edges,
         threshold=threshold,
