@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from apps.circuits_of_runs import circuit_of, history_of
 from circuits.discovery import extract
 from circuits.faithfulness import evaluate
 from workbench import load
+from workbench.runtime import WorkbenchError
 
 RUN = load("gallery:modular")
 
@@ -18,6 +21,14 @@ def test_a_circuit_is_judged_on_other_pairs_than_it_was_found_on() -> None:
     here, there = (evaluate(model, circuit, pairs, seed=3) for pairs in (own, other))
     assert found.faithfulness == there.faithfulness != here.faithfulness
     assert found.random_95 == there.random_95 != here.random_95
+
+
+def test_edges_none_of_which_lies_in_a_circuit_are_refused_with_what_to_do() -> None:
+    asked = {"method": "exact", "granularity": "positions", "edges": 3, "n": 16}
+    with pytest.raises(WorkbenchError, match=r"of the 3 largest .* is pruned .* more edges, or say select='grow'"):
+        circuit_of(RUN, **asked)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(WorkbenchError, match=r"of grown from the logits to 3 .* Ask for more edges\.$"):
+        circuit_of(RUN, select="grow", **asked)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_history_is_judged_on_other_pairs_than_it_was_found_on() -> None:
