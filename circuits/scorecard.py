@@ -129,7 +129,7 @@ class ScoreCard:
                 continue
             values = torch.tensor(wide.to_numpy())
             low, high = (end.clamp(0, 1) for end in t_interval(values))
-            live = rows.drop_duplicates("circuit").set_index("circuit")["live_auroc"].astype(float)
+            free = rows.drop_duplicates("circuit").set_index("circuit").loc[wide.index, ["live_auroc"]].to_numpy(float)
             found += [
                 {
                     "finder": finder,
@@ -138,7 +138,7 @@ class ScoreCard:
                     "auroc": float(values[:, place].mean()),
                     "low": float(low[place]),
                     "high": float(high[place]),
-                    "live_auroc": float(live[wide.index].mean()),
+                    "live_auroc": float(free.mean()),
                     "circuits": len(wide),
                 }
                 for place, finder in enumerate(wide.columns)
@@ -160,7 +160,8 @@ class ScoreCard:
         causal = frame.query("truth == 'causal'").dropna(subset=["auroc"]).reset_index(drop=True)
         means = self.means
         counts = means.drop_duplicates(["ablation", "truth"])
-        n = ", ".join(f"{row.circuits} ({row.ablation}, {row.truth})" for row in counts.itertuples()) or "none"
+        counted = counts[["circuits", "ablation", "truth"]].to_numpy().tolist()
+        n = ", ".join(f"{circuits} ({ablation}, {truth})" for circuits, ablation, truth in counted) or "none"
         over = (
             f"Mean AUROC over the circuits ({self._set()}) that all finders could score, n = {n}, with Student's 95 % "
             f"intervals over circuits, cut at 0 and 1. {FOR_NOTHING}"

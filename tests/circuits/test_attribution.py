@@ -277,7 +277,7 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
         eap(plan.measured_by(metric))
     with torch.no_grad():
         plan.model.unembed.W_U.fill_(math.nan)  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(WorkbenchError, match="mean logit_difference is nan"):
+    with pytest.raises(WorkbenchError, match="Metric .logit_difference. is not finite on the whole model"):
         experiment(plan.model, plan.batch)
 
 
