@@ -12,7 +12,7 @@ from apps.analyses import PAIRS, fourier_of
 from circuits.clusters import ClusterShares, cluster_shares
 from circuits.components import edge_readable
 from circuits.curve import smallest_circuit
-from circuits.discovery import METHODS, Select, find, score_edges
+from circuits.discovery import METHODS, Select, check_not_empty, find, score_edges
 from circuits.experiment import Experiment, experiment
 from circuits.faithfulness import Evaluation, evaluate
 from circuits.graph import CircuitGraph, circuit_graph
@@ -51,6 +51,10 @@ def circuit_of(
 
     With neither a number of edges nor a threshold, it is the smallest that is faithful and right on the pairs that it
     is found on.
+
+    Raises:
+        WorkbenchError: so few edges are asked for that none of them lies in a circuit, or what `find` and `evaluate`
+            refuse.
     """
     check_choice("method", method, list(METHODS))
     tell = on_progress or (lambda share: None)
@@ -72,6 +76,7 @@ def circuit_of(
             seed=seed,
             on_progress=lambda share: tell(share / 2),
         )
+        check_not_empty(circuit)
     judged_on = run.task.sample(n, split=split, seed=seed + 1)
     return evaluate(model, circuit, judged_on, seed=seed, on_progress=lambda share: tell(0.5 + share / 2))
 
@@ -129,7 +134,7 @@ def history_of(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> CircuitHistory:
-    """The circuit of one size at every checkpoint, on the same pairs.
+    """The circuit of one size at every checkpoint, found on the same pairs and judged on another draw of as many.
 
     With neither a number of edges nor a threshold, the size is that of the last checkpoint's smallest circuit.
     """
@@ -153,6 +158,7 @@ def history_of(
     return through_training(
         run,
         batch,
+        judged_on=run.task.sample(n, split=split, seed=seed + 1),
         method=method,
         edges=edges,
         threshold=threshold,

@@ -318,19 +318,22 @@ def _circuit(evidence: Evidence) -> Section | None:
         ""
         if found.random_95 is None
         else (
-            f" Of {len(found.controls)} random connected circuits of this size 95 % stay below {found.random_95:.3g}."
+            f" Of {len(found.controls)} random connected circuits of {found.controls_size} edges 95 % stay below "
+            f"{found.random_95:.3g}."
         )
     )
     return Section(
         title="Circuit",
         text=f"The smallest circuit from the top of the {circuit.method} ranking that keeps 90 % of the metric and of "
         f"the accuracy on the pairs that it was found on: {circuit.size} of {len(circuit.graph.edges)} edges, "
-        f"{found.live_edges} of which can change an answer at all. All other edges carry the counterfactual run's "
-        f"values ({circuit.terms.ablation} ablation). Judged on another draw of n = {found.n} pairs: faithfulness "
+        f"{found.live_edges} of which are live: with all others ablated every answer is the model's. All edges "
+        f"but the circuit's carry the counterfactual run's values ({circuit.terms.ablation} ablation). Judged on "
+        f"another draw of n = {found.n} pairs: faithfulness "
         f"{_with_interval(found.faithfulness)}, accuracy over the whole vocabulary {_with_interval(found.accuracy)} "
         f"(the model's own: {found.model_accuracy:.3g}).{band} With the circuit ablated and all else kept, "
-        f"{_with_interval(found.necessity)} of the metric is lost. Taking one part out of the circuit and of the "
-        f"model drives the two apart by at most {found.completeness:.3g}.",
+        f"{_with_interval(found.necessity)} of the metric is lost. Of the parts that were "
+        "taken out of both the circuit and the model, the worst drives the two apart by "
+        f"{_with_interval(found.completeness)}; as it was chosen as the worst, this is biased upward.",
         tables=tuple(found.tables()),
         references=("wang2023interpretability", "hanna2024have", "mueller2025mib", "efron1979bootstrap"),
     )

@@ -69,9 +69,11 @@ def acdc(plan: Experiment, threshold: float, *, on_progress: OnProgress | None =
 
 
 def acdc_of_size(plan: Experiment, edges: int, *, on_progress: OnProgress | None = None) -> AcdcRun:
-    """ACDC at the smallest threshold, found by bisection, that keeps no more edges than asked for.
+    """ACDC at a threshold, found by bisection, that keeps no more edges than asked for.
 
-    Sizes jump, so that fewer may be kept.
+    Sizes jump, so that fewer may be kept; and since each decision depends on those before it, a lower threshold can
+    keep fewer edges than a higher one. What is found is the lowest threshold of those tried that keeps no more than
+    asked for, which need not be the lowest that there is.
     """
     low, high = 1e-6 * abs(plan.headroom), 2 * float((plan.full - plan.empty).abs().max())
     best = acdc(plan, high)

@@ -58,7 +58,7 @@ class EdgeScores:
     examples: Float[Tensor, "batch edge"] | None = None
     """The same for each example, where the method gives it."""
     live: Bool[Tensor, " edge"]
-    """Edges that can change an answer; the others carry the same in both runs, or reach nothing that is read."""
+    """Edges that lie in a circuit of carrying edges: with all others ablated every answer is the model's."""
     scale: str
     """Unit of the score."""
     reference: str
@@ -81,9 +81,14 @@ class EdgeScores:
             )
 
     @property
+    def is_effect(self) -> bool:
+        """Whether scores are effects on the metric; else their order alone counts."""
+        return self.scale == self.terms.unit
+
+    @property
     def importance(self) -> Float[Tensor, " edge"]:
         """The score with its sign turned so that positive edges help: ablating them makes the metric worse."""
-        helps = self.terms.better == "higher" or self.scale != self.terms.unit
+        helps = self.terms.better == "higher" or not self.is_effect
         return self.score if helps else -self.score
 
     def ranking(self, *, absolute: bool) -> Int[Tensor, " edge"]:
@@ -99,8 +104,7 @@ class EdgeScores:
 
         Scores that are no effects keep their sign even then: the log alpha of a closed gate is negative and large.
         """
-        is_effect = self.scale == self.terms.unit
-        return self.importance.abs() if absolute and is_effect else self.importance
+        return self.importance.abs() if absolute and self.is_effect else self.importance
 
     @property
     def frame(self) -> pd.DataFrame:

@@ -180,7 +180,7 @@ def agreement(
         first.graph.check_same(other.graph)
         first.terms.check_comparable(other.terms)
     names = _labels(scores, labels)
-    keep = torch.stack([top_n(each, edges, absolute=_takes_absolute(each, absolute)).keep for each in scores])
+    keep = torch.stack([top_n(each, edges, absolute=absolute).keep for each in scores])
     live = torch.stack([each.live for each in scores])
     sizes = keep.sum(1).tolist()
     chance = torch.eye(len(scores), dtype=torch.float64)
@@ -189,7 +189,7 @@ def agreement(
         n_live = int((live[row] | live[column]).sum())
         chance[row, column] = chance[column, row] = _chance(n_live, sizes[row], sizes[column])
         both = live[row] & live[column]
-        weights = [_weight(scores[place], absolute)[both] for place in (row, column)]
+        weights = [scores[place].strength(absolute=absolute)[both] for place in (row, column)]
         correlation[row, column] = correlation[column, row] = _spearman(*weights)
     parents = dict.fromkeys(itertools.chain.from_iterable(each.provenance.parents for each in scores))
     seeds = {each.provenance.seed for each in scores}
@@ -225,15 +225,6 @@ def edge_rows(graph: CircuitGraph) -> pd.DataFrame:
             "to": [edge.target for edge in graph.edges],
         }
     )
-
-
-def _weight(scores: EdgeScores, absolute: bool) -> Float[Tensor, " edge"]:
-    return scores.importance.abs() if _takes_absolute(scores, absolute) else scores.importance
-
-
-def _takes_absolute(scores: EdgeScores, absolute: bool) -> bool:
-    """Where the order alone counts, as of a gate's log alpha, far below 0 is not important."""
-    return absolute and scores.scale == scores.terms.unit
 
 
 def _chance(live: int, one: int, other: int) -> float:

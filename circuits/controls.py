@@ -41,6 +41,11 @@ def controls_of_size(
         return live.new_zeros(0, len(live))
 
 
+def control_size(graph: CircuitGraph, live: Bool[Tensor, " edge"], circuit: Bool[Tensor, " edge"]) -> int:
+    """How many edges a circuit's controls have: as many as it, or all connected live ones where these are fewer."""
+    return min(int(circuit.sum()), int(graph.connected(live).sum()))
+
+
 class _Drawing:
     """Draws paths through the live edges of a graph."""
 

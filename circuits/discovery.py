@@ -100,12 +100,12 @@ def extract(
         on_progress: told the share of the work that is done, by methods that take long.
 
     Raises:
-        WorkbenchError: an unknown method, not one of size and threshold, more edges than there are, or what
-            `experiment` refuses.
+        WorkbenchError: an unknown method, not one of size and threshold, more edges than there are, so few that
+            nothing is left of them once what dangles is pruned, or what `experiment` refuses.
     """
     _check_method(method)
     plan = experiment(model, batch, graph=graph, ablation=ablation, metric=metric)
-    return find(
+    found = find(
         plan,
         method,
         edges=edges,
@@ -115,6 +115,8 @@ def extract(
         seed=seed,
         on_progress=on_progress,
     )
+    check_not_empty(found)
+    return found
 
 
 def find(
@@ -128,7 +130,7 @@ def find(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Circuit:
-    """The circuit that a method finds in an experiment; as `extract`."""
+    """The circuit that a method finds in an experiment; as `extract`, but one of no edges is returned, too."""
     _check_method(method)
     _check_wanted(plan.graph, edges, threshold)
     if method == "acdc":
@@ -216,6 +218,21 @@ def grow(scores: EdgeScores, edges: int, *, absolute: bool = True) -> Circuit:
         for port in scores.graph.ports_of[edge.writer]:
             listen(scores.graph.heard(port, edge.column))
     return _circuit(scores, keep, f"grown from the logits to {edges} by {_kind(absolute)} scores", edges, absolute)
+
+
+def check_not_empty(circuit: Circuit) -> None:
+    """Raise a WorkbenchError where edges were asked for, and none of those chosen lies in a circuit."""
+    if circuit.size or circuit.requested is None:
+        return
+    grown = (
+        ", or say select='grow' (--select grow), which adds only edges into what reaches the logits"
+        if circuit.rule.startswith("the ")
+        else ""
+    )
+    raise WorkbenchError(
+        f"No circuit: nothing is left of {circuit.rule} by {circuit.method!r} once what dangles is pruned "
+        f"({circuit.terms.ablation} ablation). Ask for more edges{grown}."
+    )
 
 
 def _searched(plan: Experiment, edges: int | None, threshold: float | None, on_progress: OnProgress | None) -> Circuit:

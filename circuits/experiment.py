@@ -29,6 +29,10 @@ HEADROOM = 1e-6
 """Share of the metric's size below which its difference between the two runs counts as none."""
 
 
+class NoHeadroom(WorkbenchError):
+    """The metric does not tell the whole model from the empty circuit, so that no share of the difference says much."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
     """A model, its graph, examples, an ablation and a metric, with the two runs between which circuits lie."""
@@ -57,12 +61,19 @@ class Experiment:
 
     @functools.cached_property
     def live(self) -> Bool[Tensor, " edge"]:
-        """Carrying edges less those that dangle among them: with all others ablated, every answer is the model's."""
+        """Edges that lie in a circuit of carrying edges: with all others ablated, every answer is the model's.
+
+        An edge that is not live can still change an answer alone: it carries, but into a node that writes the same in
+        both runs, and writes something else once its input is taken away.
+        """
         return self.graph.pruned(self.carrying, self.ablation)
 
     @functools.cached_property
     def carrying(self) -> Bool[Tensor, " edge"]:
-        """Edges that carry something else under ablation, at a position from which a read answer can depend on them."""
+        """Edges that carry something else under ablation, at a position from which a read answer can depend on them.
+
+        No other edge changes an answer when it is ablated alone.
+        """
         changed = (self.clean - self.ablated).abs().amax(-1) > 1e-6 * self.clean.abs().amax()
         needed = self._needed()
         columns = columns_of(self.graph, changed.shape[1])
@@ -87,10 +98,20 @@ class Experiment:
         return replace(swapped, full=swapped.measure(self.reference), empty=swapped.measure(self._empty_logits()))
 
     def check_headroom(self) -> None:
-        """Raise a WorkbenchError unless the metric tells the whole model from the empty circuit."""
+        """Raise NoHeadroom unless the metric tells the whole model from the empty circuit.
+
+        Raises:
+            NoHeadroom: it does not.
+            WorkbenchError: it is not a finite number on one of them.
+        """
+        if not bool((self.full.isfinite() & self.empty.isfinite()).all()):
+            raise WorkbenchError(
+                f"Metric {self.metric.name!r} is not finite on the whole model or with every edge ablated "
+                f"({self.ablation}). Look at the model's weights and logits."
+            )
         size = max(float(self.full.abs().mean()), float(self.empty.abs().mean()))
         if not abs(self.headroom) > HEADROOM * max(size, HEADROOM):
-            raise WorkbenchError(
+            raise NoHeadroom(
                 f"No headroom: mean {self.metric.name} is {float(self.full.mean()):.4g} on the whole model and "
                 f"{float(self.empty.mean()):.4g} with every edge ablated ({self.ablation}, n = {len(self.batch)}). "
                 "Choose pairs that the model tells apart, or another metric."
@@ -132,7 +153,9 @@ def experiment(
         metric: by name, or one of your own.
 
     Raises:
-        WorkbenchError: a model without edges, another model's graph, pairs of different padding, or no headroom.
+        WorkbenchError: a model without edges, another model's graph, pairs of different padding, or a metric that is
+            not finite.
+        NoHeadroom: the metric does not tell the whole model from the empty circuit.
     """
     check_choice("ablation", ablation, ABLATIONS)
     if not len(batch):

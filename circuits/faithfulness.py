@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.circuit import Circuit
-from circuits.controls import controls_of_size
+from circuits.controls import control_size, controls_of_size
 from circuits.curve import FaithfulnessCurve, faithfulness_curve
 from circuits.experiment import Experiment, experiment
 from circuits.memoised import circuit_values
@@ -59,13 +59,16 @@ class Evaluation:
     accuracy: Estimate
     """Share of answers that the circuit gets right, over the whole vocabulary."""
     model_accuracy: float
-    completeness: float
-    """Largest |F(C without K) - F(M without K)| over parts K of the circuit; 0 is complete."""
+    completeness: Estimate
+    """Largest |F(C without K) - F(M without K)| over the parts K of the circuit that were tried; 0 is complete. The
+    interval is that of the K where it was found, which was chosen on these examples: both are biased upward."""
     worst_subset: tuple[str, ...]
     """The K where it was found."""
     minimality: Minimality
     controls: Float[Tensor, " control"]
-    """Faithfulness of random connected circuits of the same size."""
+    """Faithfulness of random connected circuits."""
+    controls_size: int
+    """Their edges: as many as the circuit's, or all connected live ones where these are fewer."""
     curve: FaithfulnessCurve | None
     """Faithfulness over sizes, where the circuit comes from scores."""
     live_edges: int
@@ -82,7 +85,7 @@ class Evaluation:
         return (
             f"{self.circuit.size} of {len(self.circuit.graph.edges)} edges ({self.live_edges} live): faithfulness "
             f"{self.faithfulness.mean:.3f} [{self.faithfulness.low:.3f}, {self.faithfulness.high:.3f}], random 95 % "
-            f"{random_95}, accuracy {self.accuracy.mean:.3f}, completeness {self.completeness:.3f} "
+            f"{random_95}, accuracy {self.accuracy.mean:.3f}, completeness {self.completeness.mean:.3f} "
             f"({self.circuit.terms.metric}, {self.circuit.terms.ablation} ablation, n = {self.n})"
         )
 
@@ -96,12 +99,14 @@ class Evaluation:
             "faithfulness_interval": [self.faithfulness.low, self.faithfulness.high],
             "random_95": self.random_95,
             "controls": len(self.controls),
+            "controls_size": self.controls_size,
             "necessity": self.necessity.mean,
             "necessity_interval": [self.necessity.low, self.necessity.high],
             "accuracy": self.accuracy.mean,
             "accuracy_interval": [self.accuracy.low, self.accuracy.high],
             "model_accuracy": self.model_accuracy,
-            "completeness": self.completeness,
+            "completeness": self.completeness.mean,
+            "completeness_interval": [self.completeness.low, self.completeness.high],
             "worst_subset": list(self.worst_subset),
             "minimality": self.minimality.rows(),
             "whole": self.whole,
@@ -122,6 +127,7 @@ class Evaluation:
             ("faithfulness", self.faithfulness, self.random_95),
             ("necessity", self.necessity, None),
             ("accuracy", self.accuracy, None),
+            ("completeness", self.completeness, None),
         ]
         frame = pd.DataFrame(
             [
@@ -132,7 +138,8 @@ class Evaluation:
         caption = (
             f"Circuit of {self.circuit.size} edges found by {self.circuit.method} ({self.circuit.rule}), judged by "
             f"{terms.metric} under {terms.ablation} ablation on n = {self.n} examples, 95 % paired bootstrap "
-            f"intervals; random: 95th percentile of {len(self.controls)} random connected circuits of this size."
+            f"intervals; random: 95th percentile of {len(self.controls)} random connected circuits of "
+            f"{self.controls_size} edges; completeness at the worst part that was tried, and so biased upward."
         )
         numbers = Table(
             name="circuit_evaluation", frame=frame, kind="table", axes={}, unit="share of the headroom", caption=caption
@@ -192,7 +199,7 @@ def judge(
         )
     _check_told_from_none(plan, seed)
     keep = circuit.keep
-    size = min(circuit.size, int(plan.graph.connected(plan.live).sum()))
+    size = control_size(plan.graph, plan.live, keep)
     random = controls_of_size(plan.graph, plan.live, edges=size, n=controls, seed=seed)
     values = circuit_values(plan, torch.cat([torch.stack([keep, ~keep]), random]))
     tell(0.2)
@@ -220,6 +227,7 @@ def judge(
         worst_subset=worst,
         minimality=minimal,
         controls=faithfulness_of(plan, values[2:]),
+        controls_size=size,
         curve=curve,
         live_edges=int(plan.live.sum()),
         seconds=time.perf_counter() - begun,
@@ -227,18 +235,23 @@ def judge(
     )
 
 
-def completeness(plan: Experiment, keep: Bool[Tensor, " edge"], *, seed: int = 0) -> tuple[float, tuple[str, ...]]:
+def completeness(plan: Experiment, keep: Bool[Tensor, " edge"], *, seed: int = 0) -> tuple[Estimate, tuple[str, ...]]:
     """How far circuit and model come apart when the same part K of the circuit is taken out of both (Wang et al. 2023).
 
     K is nothing, all of the circuit, drawn at random with each edge in it with probability one half, and built
     greedily, edge by edge, from those that drive the two apart most.
 
+    F is a mean over examples, and K is chosen as the worst on these very examples, so that the gap is biased upward:
+    with few examples a circuit that is complete has one as well. Its interval is that of the gap at this K, as if K had
+    been given.
+
     Returns:
-        The largest |F(C without K) - F(M without K)|, and the K where it was found; 0 and none for an empty circuit.
+        The largest |F(C without K) - F(M without K)| with its paired bootstrap interval, and the K where it was found;
+        0 and none for an empty circuit.
     """
     edges = keep.nonzero()[:, 0]
     if not len(edges):
-        return 0.0, ()
+        return Estimate(mean=0.0, low=0.0, high=0.0), ()
     rng = generator(seed, "completeness")
     random = torch.rand(SUBSETS, len(keep), generator=rng) < 0.5
     parts = torch.cat([torch.zeros(1, len(keep), dtype=torch.bool), keep[None], random & keep])
@@ -253,7 +266,7 @@ def completeness(plan: Experiment, keep: Bool[Tensor, " edge"], *, seed: int = 0
         part = tries[gaps.argmax()]
         if float(gaps.max()) > gap:
             worst, gap = part, float(gaps.max())
-    return gap, tuple(plan.graph.names(worst))
+    return _gap_at(plan, keep, worst, seed), tuple(plan.graph.names(worst))
 
 
 def faithfulness_of(plan: Experiment, values: Float[Tensor, "circuit batch"]) -> Float[Tensor, " circuit"]:
@@ -277,6 +290,14 @@ def _gaps(plan: Experiment, keep: Bool[Tensor, " edge"], parts: Bool[Tensor, "pa
     values = circuit_values(plan, torch.cat([keep & ~parts, ~parts]))
     of_circuit, of_model = faithfulness_of(plan, values).chunk(2)
     return (of_circuit - of_model).abs()
+
+
+def _gap_at(plan: Experiment, keep: Bool[Tensor, " edge"], part: Bool[Tensor, " edge"], seed: int) -> Estimate:
+    """|F(C without K) - F(M without K)| at one K; its interval is that of the difference, folded at 0."""
+    of_circuit, of_model = circuit_values(plan, torch.stack([keep & ~part, ~part]))
+    signed = _share(plan, of_circuit - of_model, seed)
+    near, far = sorted((abs(signed.low), abs(signed.high)))
+    return Estimate(mean=abs(signed.mean), low=0.0 if signed.low <= 0 <= signed.high else near, high=far)
 
 
 def _share(plan: Experiment, numerator: Float[Tensor, " batch"], seed: int) -> Estimate:

@@ -107,8 +107,5 @@ def _scores(plan: Experiment, finder: str, size: int, seed: int, on_progress: On
 
 
 def _strength(plan: Experiment, scores: EdgeScores) -> Float[Tensor, " edge"]:
-    if scores.scale != scores.terms.unit:
-        # No effects: log alpha far below 0 is a closed gate, not a strong one.
-        return scores.score
-    strength = scores.score.abs()
-    return strength.where(strength > ROUNDING * abs(plan.headroom), 0.0)
+    strength = scores.strength(absolute=True)
+    return strength.where(strength > ROUNDING * abs(plan.headroom), 0.0) if scores.is_effect else strength

@@ -1,7 +1,8 @@
 """The circuit through training: one extraction a checkpoint, on the same examples, in one call.
 
-At every checkpoint a method's circuit is extracted and run with everything else ablated. Completeness and minimality
-are left to `evaluate`, for the checkpoints that turn out to matter.
+At every checkpoint a method's circuit is extracted and run with everything else ablated, on examples of another draw
+where these are given: what a circuit was fitted to does not judge it. Completeness and minimality are left to
+`evaluate`, for the checkpoints that turn out to matter.
 
 Before a model has learnt anything, the whole model and the empty circuit answer alike, and a share of the difference
 between them is a share of noise. Such a checkpoint has scores, where there are any, but no circuit, and says why.
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from circuits.circuit import Circuit, Terms
 from circuits.components import edge_readable
-from circuits.controls import random_circuits
+from circuits.controls import control_size, controls_of_size
 from circuits.discovery import find
-from circuits.experiment import Experiment, experiment
-from circuits.faithfulness import faithfulness_of
+from circuits.experiment import Experiment, NoHeadroom, experiment
+from circuits.faithfulness import CONTROLS, faithfulness_of
 from circuits.graph import CircuitGraph, circuit_graph
 from circuits.memoised import circuit_values
 from circuits.moments import CircuitHistory, Moment
@@ -36,8 +37,6 @@ from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Batch
 from workbench.training.checkpoints import Run
 
-CONTROLS = 20
-"""Random circuits to compare with at each checkpoint."""
 OnProgress = Callable[[float], None]
 Models = Run | Sequence[tuple[int, Instrumented]]
 
@@ -46,6 +45,7 @@ def through_training(
     models: Models,
     batch: Batch,
     *,
+    judged_on: Batch | None = None,
     method: str = "eap-ig",
     edges: int | None = None,
     threshold: float | None = None,
@@ -62,6 +62,7 @@ def through_training(
     Args:
         models: a run, of which every checkpoint is looked at, one in memory at a time; or steps with their models.
         batch: examples, with counterfactuals where the ablation or the metric needs them.
+        judged_on: further examples, on which each circuit is run; None judges it on those that it was found on.
         method: one of `circuits.discovery.METHODS`.
         edges: how many to keep at most.
         threshold: instead, the least score to keep.
@@ -75,13 +76,19 @@ def through_training(
 
     Raises:
         WorkbenchError: no checkpoints, steps out of order, models of different graphs, a mistake in what is asked for,
-            or no checkpoint at all with headroom.
+            a metric that is not finite at some checkpoint, or no checkpoint at all with headroom.
     """
     begun = time.perf_counter()
     steps = _steps(models)
     search = partial(find, method=method, edges=edges, threshold=threshold, absolute=absolute, seed=seed)
     asked = _Asked(
-        batch=batch, ablation=ablation, metric=find_metric(metric), search=search, controls=controls, seed=seed
+        batch=batch,
+        judged_on=judged_on,
+        ablation=ablation,
+        metric=find_metric(metric),
+        search=search,
+        controls=controls,
+        seed=seed,
     )
     moments: list[Moment] = []
     first: CircuitGraph | None = None
@@ -102,6 +109,7 @@ def through_training(
         terms=circuits[0].terms,
         method=method,
         controls=controls,
+        judged_on=None if judged_on is None else len(judged_on),
         seconds=time.perf_counter() - begun,
         provenance=replace(circuits[-1].provenance, parents=tuple(parents)),
     )
@@ -112,6 +120,7 @@ class _Asked:
     """What is asked of every checkpoint."""
 
     batch: Batch
+    judged_on: Batch | None
     ablation: Ablation
     metric: Metric
     search: Callable[[Experiment], Circuit]
@@ -121,36 +130,56 @@ class _Asked:
     def at(self, step: int, model: Instrumented, graph: CircuitGraph) -> Moment:
         """The circuit of a checkpoint and its numbers; an empty one in its place where there is no headroom."""
         try:
-            plan = experiment(model, self.batch, graph=graph, ablation=self.ablation, metric=self.metric)
-        except WorkbenchError as error:
-            # A mistake in the question fails at every checkpoint; what fails at some is the lack of headroom.
+            plan = self.experiment(model, graph, self.batch)
+            judged = plan if self.judged_on is None else self.experiment(model, graph, self.judged_on)
+        except NoHeadroom as error:
             return Moment(step=step, circuit=self.nothing(model, graph, str(error)), reason=str(error))
+        except WorkbenchError as error:
+            raise WorkbenchError(f"At step {step}: {error}") from error
         found = self.search(plan)
-        low, high = (float(end) for end in paired_bootstrap(plan.full - plan.empty, seed=self.seed))
-        accuracies = plan.measured_by("accuracy")
+        accuracies = judged.measured_by("accuracy")
         seen = Moment(
             step=step,
             circuit=found,
             headroom=plan.headroom,
-            headroom_interval=(low, high),
+            headroom_interval=self.headroom_interval(plan),
             model_accuracy=float(accuracies.full.mean()),
         )
-        if low <= 0 <= high:
-            reason = (
-                f"Headroom not told from 0: mean {self.metric.name} of the whole model minus that with every edge "
-                f"ablated is {plan.headroom:.3g} [{low:.3g}, {high:.3g}], n = {len(self.batch)}."
-            )
+        if reason := self.not_told(plan) or self.not_told(judged):
             return replace(
                 seen, circuit=replace(self.nothing(model, graph, reason), scores=found.scores), reason=reason
             )
-        values, right = (circuit_values(each, found.keep[None])[0] for each in (plan, accuracies))
-        restored = values - plan.empty
-        ends = ratio_bootstrap(restored, plan.full - plan.empty, seed=self.seed)
+        size = control_size(graph, judged.live, found.keep)
+        random = controls_of_size(graph, judged.live, edges=size, n=self.controls, seed=self.seed)
+        values = circuit_values(judged, torch.cat([found.keep[None], random]))
+        right = circuit_values(accuracies, found.keep[None])[0]
+        restored = values[0] - judged.empty
+        ends = ratio_bootstrap(restored, judged.full - judged.empty, seed=self.seed)
         return replace(
             seen,
-            faithfulness=_share(float(restored.mean()) / plan.headroom, ends),
+            faithfulness=_share(float(restored.mean()) / judged.headroom, ends),
             accuracy=_share(float(right.mean()), paired_bootstrap(right, seed=self.seed)),
-            random_95=self.random_95(plan, found),
+            random_95=float(faithfulness_of(judged, values[1:]).quantile(0.95)) if len(random) else None,
+            controls_size=size if len(random) else None,
+        )
+
+    def experiment(self, model: Instrumented, graph: CircuitGraph, batch: Batch) -> Experiment:
+        """What lies between the runs of some examples."""
+        return experiment(model, batch, graph=graph, ablation=self.ablation, metric=self.metric)
+
+    def headroom_interval(self, plan: Experiment) -> tuple[float, float]:
+        """95 % paired bootstrap interval of the headroom."""
+        low, high = paired_bootstrap(plan.full - plan.empty, seed=self.seed)
+        return float(low), float(high)
+
+    def not_told(self, plan: Experiment) -> str | None:
+        """Why the headroom may be 0; None where it may not."""
+        low, high = self.headroom_interval(plan)
+        if not low <= 0 <= high:
+            return None
+        return (
+            f"Headroom not told from 0: mean {self.metric.name} of the whole model minus that with every edge "
+            f"ablated is {plan.headroom:.3g} [{low:.3g}, {high:.3g}], n = {len(plan.batch)}."
         )
 
     def nothing(self, model: Instrumented, graph: CircuitGraph, reason: str) -> Circuit:
@@ -166,18 +195,6 @@ class _Asked:
             rule=reason,
             provenance=model.provenance,
         )
-
-    def random_95(self, plan: Experiment, circuit: Circuit) -> float | None:
-        """95th percentile of random circuits' faithfulness."""
-        size = min(circuit.size, int(plan.graph.connected(plan.live).sum()))
-        if not self.controls or not size:
-            return None
-        try:
-            random = random_circuits(plan.graph, plan.live, edges=size, n=self.controls, seed=self.seed)
-        except WorkbenchError:
-            # In a large graph, few draws or none may be as small as a circuit is: that is no reason to stop.
-            return None
-        return float(faithfulness_of(plan, circuit_values(plan, random)).quantile(0.95))
 
 
 def _share(value: float, ends: tuple[Tensor, Tensor]) -> Estimate:

@@ -2,7 +2,8 @@
 
 An edge whose removal costs nothing may be useless, or another may stand in for it, as the two inputs of an OR gate do.
 So edges that cost little alone are also taken out two by two: a pair that costs what neither does alone is redundant,
-and neither of the two is called useless.
+and neither of the two is called useless. Where three or more edges stand in for each other, taking out two of them
+costs nothing either: that is not looked for, and such edges read as of little effect.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.experiment import Experiment
@@ -41,17 +42,9 @@ class Minimality:
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """For each edge: `needed`, `redundant`, `hurts`, or `little effect`."""
-        return tuple(
-            "redundant"
-            if partners
-            else "needed"
-            if cost > TOLERANCE
-            else "hurts"
-            if cost < -TOLERANCE
-            else "little effect"
-            for cost, partners in zip(self.cost.tolist(), self.partners, strict=True)
-        )
+        """For each edge: `needed`, `redundant`, `hurts`, `little effect`, or `not told from 0`."""
+        rows = zip(self.cost.tolist(), self.low.tolist(), self.high.tolist(), self.partners, strict=True)
+        return tuple("redundant" if partners else _verdict(*ends) for *ends, partners in rows)
 
     def rows(self) -> list[dict[str, object]]:
         """One row an edge."""
@@ -89,8 +82,9 @@ class Minimality:
                 unit="share of the headroom",
                 caption=(
                     f"What the circuit loses without each of its edges; n = {self.n} examples, 95 % paired bootstrap "
-                    f"intervals. Below {TOLERANCE:.0%} an edge has little effect alone; where two such edges cost "
-                    "something together they are redundant."
+                    f"intervals. Below {TOLERANCE:.0%} an edge has little effect alone, above it is needed where the "
+                    "interval excludes 0; where two that have little effect alone cost something together, with an "
+                    "interval that excludes 0, they are redundant. Redundancy of three or more is not looked for."
                 ),
             )
         ]
@@ -110,16 +104,30 @@ def minimality(plan: Experiment, keep: Bool[Tensor, " edge"], *, seed: int = 0) 
         cost=cost,
         low=low,
         high=high,
-        partners=_partners(plan, keep, edges, values[-1], cost),
+        partners=_partners(plan, keep, edges, values[-1], lost, seed),
         n=len(plan.batch),
     )
 
 
+def _verdict(cost: float, low: float, high: float) -> str:
+    if abs(cost) <= TOLERANCE:
+        return "little effect"
+    if low <= 0 <= high:
+        return "not told from 0"
+    return "needed" if cost > 0 else "hurts"
+
+
 def _partners(
-    plan: Experiment, keep: Bool[Tensor, " edge"], edges: Tensor, whole: Float[Tensor, " batch"], cost: Tensor
+    plan: Experiment,
+    keep: Bool[Tensor, " edge"],
+    edges: Int[Tensor, " kept"],
+    whole: Float[Tensor, " batch"],
+    lost: Float[Tensor, "batch kept"],
+    seed: int,
 ) -> tuple[tuple[str, ...], ...]:
     """For each edge those that stand in for it."""
     found: list[list[str]] = [[] for _ in edges]
+    cost = lost.mean(0) / plan.headroom
     cheap = cost.abs().argsort(stable=True)
     cheap = cheap[cost.abs()[cheap] <= TOLERANCE][:MOST_PAIRED].sort().values
     first, second = torch.combinations(cheap).T if len(cheap) > 1 else (cheap[:0], cheap[:0])
@@ -127,8 +135,9 @@ def _partners(
     places = torch.arange(len(first))
     tries[places, edges[first]] = False
     tries[places, edges[second]] = False
-    both = (whole - circuit_values(plan, tries)).mean(1) / plan.headroom
-    redundant = both - cost[first] - cost[second] > TOLERANCE
+    beyond = (whole - circuit_values(plan, tries)).T - lost[:, first] - lost[:, second]
+    low, _ = ratio_bootstrap(beyond, plan.full - plan.empty, seed=seed)
+    redundant = (beyond.mean(0) / plan.headroom > TOLERANCE) & (low > 0)
     for one, other in zip(first[redundant].tolist(), second[redundant].tolist(), strict=True):
         found[one].append(plan.graph.edges[int(edges[other])].name)
         found[other].append(plan.graph.edges[int(edges[one])].name)

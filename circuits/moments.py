@@ -34,16 +34,20 @@ class Moment:
     reason: str | None = None
     """Why there is no circuit; None where there is one."""
     headroom: float | None = None
-    """Mean metric of the whole model minus that with every edge ablated; None where the two are the same."""
+    """Mean metric of the whole model minus that with every edge ablated, on the examples that the circuit was found on;
+    None where the two are the same."""
     headroom_interval: tuple[float, float] | None = None
-    """95 % paired bootstrap interval. Where it holds 0, there is no circuit."""
+    """95 % paired bootstrap interval. Where it holds 0, there is no circuit, nor where that of the examples that judge
+    holds it."""
     model_accuracy: float | None = None
     accuracy: Estimate | None = None
     """Share of answers that the circuit gets right, over the whole vocabulary."""
     faithfulness: Estimate | None = None
     """Share of the headroom with all other edges ablated."""
     random_95: float | None = None
-    """95th percentile of the faithfulness of random connected circuits of the same size; None where none were drawn."""
+    """95th percentile of the faithfulness of random connected circuits; None where none were drawn."""
+    controls_size: int | None = None
+    """Their edges: as many as the circuit's, or all connected live ones where these are fewer."""
 
     def row(self) -> dict[str, object]:
         """The numbers, None where there are none."""
@@ -56,6 +60,7 @@ class Moment:
             "headroom_high": high,
             **_ends("faithfulness", self.faithfulness),
             "random_95": self.random_95,
+            "controls_size": self.controls_size,
             **_ends("accuracy", self.accuracy),
             "model_accuracy": self.model_accuracy,
             "reason": self.reason,
@@ -107,6 +112,8 @@ class CircuitHistory:
     method: str
     controls: int
     """Random circuits that each checkpoint's circuit was compared with."""
+    judged_on: int | None = None
+    """Examples of another draw that judge each circuit; None where those do that it was found on."""
     seconds: float
     provenance: Provenance
 
@@ -175,8 +182,9 @@ class CircuitHistory:
         between = f"{under}, 95 % paired bootstrap intervals.{lacking}"
         found = [
             self._curves(
-                f"Faithfulness and accuracy of the circuit through training; {between} Random: 95th percentile of "
-                f"{self.controls} random connected circuits of the same size."
+                f"Faithfulness and accuracy of the circuit through training, judged on {self._judges()}; {between} "
+                f"Random: 95th percentile of {self.controls} random connected circuits of the same size, or of all "
+                "connected live edges where these are fewer."
             ),
             Table(
                 name="history_headroom",
@@ -213,9 +221,16 @@ class CircuitHistory:
             "ablation": self.terms.ablation,
             "metric": self.terms.metric,
             "n": self.terms.n,
+            "judged_on": self.judged_on,
+            "controls": self.controls,
             "all_edges": len(self.graph.edges),
             "seconds": self.seconds,
         }
+
+    def _judges(self) -> str:
+        if self.judged_on is None:
+            return "the examples that it was found on"
+        return f"{self.judged_on} examples other than those that it was found on"
 
     def _lifetime(self, edge: int) -> Lifetime:
         there = self.keep[:, edge].tolist()

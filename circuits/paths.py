@@ -207,7 +207,7 @@ def path_patch(
         high=torch.stack(high),
         patched=torch.stack(patched),
         significant=torch.stack([discoveries(row, rate=FALSE_DISCOVERY_RATE) for row in pvalues]),
-        live=(masks & plan.live).any(1),
+        live=(masks & plan.carrying).any(1),
         n=len(batch),
         dropped=batch.dropped,
         ablation=ablation,

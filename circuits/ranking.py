@@ -48,11 +48,14 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chance:
-    """What random rankings reach; their recall is their precision."""
+    """What random rankings reach, each measure among the edges that it is taken among."""
 
     auroc: Band
+    """Of all edges in random order."""
     auprc: Band
     precision: Band
+    """Of the candidates in random order: telling them from the others is no merit of a ranking."""
+    recall: Band
 
 
 def judge(
@@ -78,21 +81,35 @@ def judge(
     )
 
 
+def chance(
+    truth: Bool[Tensor, " edge"], candidates: Bool[Tensor, " edge"], *, rankings: int = RANKINGS, seed: int = 0
+) -> Chance | None:
+    """What `judge` finds of rankings at random; None where all edges are true or none is."""
+    counts = len(truth), int(truth.sum()), int(candidates.sum()), int((truth & candidates).sum())
+    return _chance(*counts, rankings=rankings, seed=seed)
+
+
 @functools.cache
-def chance(edges: int, true: int, *, rankings: int = RANKINGS, seed: int = 0) -> Chance | None:
-    """What rankings at random reach on a graph with so many edges, of which so many are true; None if none or all."""
+def _chance(edges: int, true: int, candidates: int, true_candidates: int, *, rankings: int, seed: int) -> Chance | None:
     if not 0 < true < edges:
         return None
-    draw = generator(seed, "random rankings", edges, true)
-    # The first places of a random permutation: where the true edges stand.
-    ranks = torch.rand(rankings, edges, generator=draw).argsort(1)[:, :true].sort(1).values.double() + 1
+    ranks = _ranks_of_true(edges, true, rankings=rankings, seed=seed)
     ahead = torch.arange(1, true + 1, dtype=torch.double)
     overtaken = (ranks - ahead).sum(1) / (true * (edges - true))
+    taken = min(true, candidates)
+    hits = (_ranks_of_true(candidates, true_candidates, rankings=rankings, seed=seed) <= taken).double().sum(1)
     return Chance(
         auroc=_band(1 - overtaken),
         auprc=_band((ahead / ranks).mean(1)),
-        precision=_band((ranks <= true).double().mean(1)),
+        precision=_band(hits / max(taken, 1)),
+        recall=_band(hits / true),
     )
+
+
+def _ranks_of_true(edges: int, true: int, *, rankings: int, seed: int) -> Float[Tensor, "ranking true"]:
+    """Where the true ones of some edges stand in random rankings, in order: the first places of a permutation."""
+    draw = generator(seed, "random rankings", edges, true)
+    return torch.rand(rankings, edges, generator=draw).argsort(1)[:, :true].sort(1).values.double() + 1
 
 
 def _expected_hits(score: Float[Tensor, " candidate"], truth: Bool[Tensor, " candidate"], taken: int) -> float:

@@ -40,11 +40,17 @@ from circuits.truths import (
     set_digest,
     truths,
 )
-from workbench.intervals import paired_bootstrap
+from workbench.intervals import t_interval
 from workbench.models.known import ABLATIONS, Ablation, KnownCircuit
 from workbench.runtime import WorkbenchError, code_version, nearest, one_thread
 from workbench.store import Provenance
 from workbench.tables import Table
+
+FOR_NOTHING = (
+    "0.5 is chance over all edges; live_auroc is what a finder has for nothing, by setting only live edges before the "
+    "others."
+)
+"""What an AUROC is read against."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +66,7 @@ class Row:
     metric: str
     edges: int
     live: int
-    """Edges that can change an answer at all; every finder is told which."""
+    """Edges that lie in a circuit of carrying edges; every finder is told which."""
     true: int
     quality: Quality | None
     """None where the finder could not run, or where all edges are true or none is."""
@@ -110,10 +116,10 @@ class ScoreCard:
 
     @property
     def means(self) -> pd.DataFrame:
-        """Mean AUROC of each finder over circuits, with a 95 % bootstrap interval over circuits.
+        """Mean AUROC of each finder over circuits, with Student's 95 % interval over circuits, cut at 0 and 1.
 
-        Finders are compared on the same circuits: a circuit that one of them could not score is left out for all, and
-        a finder that scored none is left out.
+        One circuit alone has no interval. Finders are compared on the same circuits: a circuit that one of them could
+        not score is left out for all, and a finder that scored none is left out.
         """
         found: list[dict[str, object]] = []
         for _, rows in self.frame.groupby(["ablation", "truth"], sort=False):
@@ -122,7 +128,8 @@ class ScoreCard:
             if wide.empty:
                 continue
             values = torch.tensor(wide.to_numpy())
-            low, high = paired_bootstrap(values)
+            low, high = (end.clamp(0, 1) for end in t_interval(values))
+            free = rows.drop_duplicates("circuit").set_index("circuit").loc[wide.index, ["live_auroc"]].to_numpy(float)
             found += [
                 {
                     "finder": finder,
@@ -131,25 +138,33 @@ class ScoreCard:
                     "auroc": float(values[:, place].mean()),
                     "low": float(low[place]),
                     "high": float(high[place]),
+                    "live_auroc": float(free.mean()),
                     "circuits": len(wide),
                 }
                 for place, finder in enumerate(wide.columns)
             ]
-        return pd.DataFrame(found, columns=["finder", "ablation", "truth", "auroc", "low", "high", "circuits"])
+        columns = ["finder", "ablation", "truth", "auroc", "low", "high", "live_auroc", "circuits"]
+        return pd.DataFrame(found, columns=columns)
 
     def tables(self) -> Sequence[Table]:
         """All numbers, a map of the causal AUROC, and means over circuits."""
         frame = self.frame
         caption = (
             f"Circuit finders on known circuits ({self._set()}), n = {self.n} pairs each. Causal: edges whose ablation "
-            f"alone moves some example's metric by more than {CHANGE:g} of the headroom. Random: mean and 95 % band of "
-            f"{RANKINGS} random rankings. Time in forward passes of the same pairs. EAP takes the ablated run's "
-            "gradient where the metric compares with the clean run, and the clean run's elsewhere."
+            f"alone moves some example's metric by more than {CHANGE:g} of the headroom. AUROC and AUPRC are over all "
+            "edges, precision and recall at the true size among live edges. Random: mean and 95 % band of "
+            f"{RANKINGS} random rankings of the same edges. AUROC: {FOR_NOTHING} Time in forward passes of the same "
+            "pairs. EAP takes the ablated run's gradient where the metric compares with the clean run, and the clean "
+            "run's elsewhere."
         )
         causal = frame.query("truth == 'causal'").dropna(subset=["auroc"]).reset_index(drop=True)
+        means = self.means
+        counts = means.drop_duplicates(["ablation", "truth"])
+        counted = counts[["circuits", "ablation", "truth"]].to_numpy().tolist()
+        n = ", ".join(f"{circuits} ({ablation}, {truth})" for circuits, ablation, truth in counted) or "none"
         over = (
-            f"Mean AUROC over the circuits ({self._set()}) that all finders could score, with 95 % bootstrap "
-            "intervals over circuits; each ablation and truth apart. 0.5 is chance."
+            f"Mean AUROC over the circuits ({self._set()}) that all finders could score, n = {n}, with Student's 95 % "
+            f"intervals over circuits, cut at 0 and 1. {FOR_NOTHING}"
         )
         return [
             Table(name="scorecard", frame=frame, kind="table", axes={}, unit="", caption=caption),
@@ -159,11 +174,11 @@ class ScoreCard:
                 kind="heatmap",
                 axes={"x": "circuit", "y": "finder", "value": "auroc", "facet": "ablation"},
                 unit="AUROC",
-                caption=f"AUROC of each finder against the causal truth ({self._set()}), n = {self.n}. 0.5 is chance.",
+                caption=f"AUROC of each finder against the causal truth ({self._set()}), n = {self.n}. {FOR_NOTHING}",
             ),
             Table(
                 name="scorecard_means",
-                frame=self.means,
+                frame=means,
                 kind="bar",
                 axes={
                     "x": "finder",
@@ -323,7 +338,7 @@ def _blank(circuit: str, plan: Experiment, truth: Truth, true: Bool[Tensor, " ed
         live=int(plan.live.sum()),
         true=n_true,
         quality=None,
-        chance=chance(edges, n_true, seed=seed),
+        chance=chance(true, plan.live, seed=seed),
         live_auroc=None if of_live is None else of_live.auroc,
         cpu_seconds=None,
         forwards=None,

@@ -1,6 +1,8 @@
 """Evaluations of several seeds of one recipe: the interval that a reader of one run's numbers is missing.
 
-An interval over examples says how sure a number is of one model; over seeds, how sure it is of the recipe.
+An interval over examples says how sure a number is of one model; over seeds, how sure it is of the recipe. Runs are
+few, so that it is Student's: a bootstrap over three runs holds the recipe's mean three times of four, not 95 in 100. It
+takes runs to scatter normally, and may reach beyond what a measure can be.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from circuits.circuit import Terms
 from circuits.faithfulness import Evaluation
-from workbench.intervals import paired_bootstrap
+from workbench.intervals import t_interval
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 from workbench.tables import Table
@@ -75,7 +77,7 @@ class SeedEvaluation:
                 unit="share of the headroom; edges; fraction",
                 caption=(
                     f"Circuits of {len(self.labels)} runs, {self.terms.metric} under {self.terms.ablation} ablation; "
-                    "the interval of the mean is a 95 % bootstrap over runs."
+                    "the interval of the mean is Student's 95 % over runs."
                 ),
             )
         ]
@@ -101,7 +103,7 @@ def over_seeds(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Seed
         first.graph.check_same(each.circuit.graph)
         first.terms.check_comparable(each.circuit.terms)
     values = torch.tensor([_numbers(each) for each in evaluations], dtype=torch.float64)
-    low, high = paired_bootstrap(values)
+    low, high = t_interval(values)
     return SeedEvaluation(
         labels=tuple(labels),
         values=values,
@@ -121,5 +123,5 @@ def _numbers(evaluation: Evaluation) -> list[float]:
         float("nan") if random_95 is None else random_95,
         evaluation.necessity.mean,
         evaluation.accuracy.mean,
-        evaluation.completeness,
+        evaluation.completeness.mean,
     ]

@@ -28,7 +28,9 @@ from workbench.tables import Table
 RESAMPLES = 200
 """Times that the examples are drawn anew."""
 MOST_FLIPS = 20_000
-"""Sign assignments that a p-value is taken over, at most."""
+"""Sign assignments that a p-value is taken over, at most: at a rate of 5 %, enough for one of 1000 edges alone."""
+ROUNDING = 1e-6
+"""Share of the largest effect up to which one is rounding."""
 ELEMENTS = 2**24
 """Numbers that the sign assignments of some edges may hold."""
 
@@ -103,7 +105,9 @@ class Significance:
 
     scores: EdgeScores
     pvalue: Float[Tensor, " edge"]
-    """That the mean effect is 0, by flipping signs of examples; 1 for edges that are not live."""
+    """That the mean effect is 0, by flipping signs of examples; 1 for edges that are not tested."""
+    tested: Bool[Tensor, " edge"]
+    """Edges with an effect in some example, whether or not they are live."""
     found: Bool[Tensor, " edge"]
     rate: float
     """Share of false ones to expect among what was found, at most."""
@@ -122,6 +126,12 @@ class Significance:
         return self.scores.graph.names(self.found)
 
     @property
+    def fewest(self) -> int:
+        """How many edges must have the least p-value there is for any to be found; 1 where one alone can be."""
+        least = _least_pvalue(self.scores.terms.n, self.flips)
+        return max(1, math.ceil(int(self.tested.sum()) * least / self.rate))
+
+    @property
     def frame(self) -> pd.DataFrame:
         """One row an edge, in the graph's order, with the effect's interval."""
         return self.scores.frame.assign(pvalue=self.pvalue.tolist(), significant=self.found.tolist())
@@ -138,10 +148,11 @@ class Significance:
                 axes={"x": "edge", "y": "score", "low": "low", "high": "high"},
                 unit=self.scores.scale,
                 caption=(
-                    f"The {len(self.edges)} of {int(self.scores.live.sum())} live edges whose effect by "
+                    f"The {len(self.edges)} of {int(self.tested.sum())} edges with an effect whose mean effect by "
                     f"{self.scores.method} is not 0 at a false-discovery rate of {self.rate:g}; {terms.metric} lost "
                     f"under {terms.ablation} ablation. Two-sided sign-flip test with {self.flips} assignments, "
-                    f"Benjamini-Hochberg; n = {terms.n} examples, 95 % paired bootstrap intervals."
+                    f"Benjamini-Hochberg, by which at least {self.fewest} must stand out for any to be found; "
+                    f"n = {terms.n} examples, 95 % paired bootstrap intervals."
                 ),
             )
         ]
@@ -154,8 +165,9 @@ class Significance:
         return {
             "edges": rows.to_dict("records"),
             "rate": self.rate,
-            "tested": int(self.scores.live.sum()),
+            "tested": int(self.tested.sum()),
             "flips": self.flips,
+            "fewest": self.fewest,
             "seed": self.seed,
             "method": self.scores.method,
             "ablation": terms.ablation,
@@ -200,11 +212,17 @@ def stability(
 
 
 def significant_edges(scores: EdgeScores, *, rate: float = 0.05, seed: int = 0) -> Significance:
-    """Find the edges whose mean effect is not 0, at a false-discovery rate over all live edges.
+    """Find the edges whose mean effect is not 0, at a false-discovery rate over all edges with an effect.
 
-    The test takes an edge that does nothing on average to have effects spread alike on both sides of 0, and the rate
-    takes edges to be independent or to move together (Benjamini & Yekutieli 2001). Of effects that were estimated from
-    gradients it says that the estimate is not 0.
+    An edge is tested if it has an effect in some example, which edges that are not live can have. The test only flips
+    signs, so that choosing by the size of effects does not look at its outcome. It takes an edge that does nothing on
+    average to have effects spread alike on both sides of 0, and the rate takes edges to be independent or to move
+    together (Benjamini & Yekutieli 2001). Of effects that were estimated from gradients it says that the estimate is
+    not 0.
+
+    P-values are as coarse as examples and sign assignments are few, of which there are 20,000 at most. Where so many
+    edges are tested that the least p-value is too large for one alone, several must reach it together for any to be
+    found (`fewest`).
 
     Args:
         scores: of a method that scores example by example, in the unit of the metric.
@@ -213,11 +231,11 @@ def significant_edges(scores: EdgeScores, *, rate: float = 0.05, seed: int = 0) 
 
     Raises:
         WorkbenchError: no scores by example, scores that are no effects on the metric, a rate outside (0, 1), or so
-            few examples that nothing could be found.
+            few examples or so low a rate that nothing could be found.
     """
     examples = _by_example(scores)
-    n, live = len(examples), scores.live.nonzero()[:, 0]
-    if scores.scale != scores.terms.unit:
+    n = len(examples)
+    if not scores.is_effect:
         raise WorkbenchError(
             f"Scores of method {scores.method!r} are in {scores.scale}, not in {scores.terms.unit}: they are no "
             "effects that could be 0 by chance. Use 'exact', 'eap' or 'eap-ig'."
@@ -229,14 +247,27 @@ def significant_edges(scores: EdgeScores, *, rate: float = 0.05, seed: int = 0) 
             f"With {n} examples no p-value is below {2.0 ** (1 - n):g}, so that nothing could be found at rate "
             f"{rate:g}. Score at least {1 + math.ceil(-math.log2(rate))} examples."
         )
-    # Enough assignments that one edge alone could pass.
-    flips = min(MOST_FLIPS, max(LEAST_FLIPS, math.ceil(len(live) / rate)))
+    largest = examples.abs().amax(0)
+    tested = largest > ROUNDING * largest.max()
+    places = tested.nonzero()[:, 0]
+    # As far as that is possible, enough assignments that one edge alone can pass.
+    flips = min(MOST_FLIPS, max(LEAST_FLIPS, math.ceil(len(places) / rate)))
+    if _least_pvalue(n, flips) > rate:
+        raise WorkbenchError(
+            f"With {flips} sign assignments no p-value is below {_least_pvalue(n, flips):.2g}, so that nothing could "
+            f"be found at rate {rate:g}. Choose a higher rate."
+        )
     pvalue = torch.ones(len(scores.score), dtype=torch.float64)
-    for some in live.split(max(1, ELEMENTS // flips)):
+    for some in places.split(max(1, ELEMENTS // flips)) if len(places) else ():
         pvalue[some] = sign_flip_pvalue(examples[:, some].double(), seed=seed, resamples=flips)
-    found = torch.zeros_like(scores.live)
-    found[live] = discoveries(pvalue[live], rate=rate)
-    return Significance(scores=scores, pvalue=pvalue, found=found, rate=rate, flips=flips, seed=seed)
+    found = torch.zeros_like(tested)
+    found[places] = discoveries(pvalue[places], rate=rate)
+    return Significance(scores=scores, pvalue=pvalue, tested=tested, found=found, rate=rate, flips=flips, seed=seed)
+
+
+def _least_pvalue(n: int, flips: int) -> float:
+    """The least that the test can give: of all 2^n assignments two are as far from 0 as the observed one."""
+    return max(2.0 ** (1 - n), 1 / (flips + 1))
 
 
 def _by_example(scores: EdgeScores) -> Float[Tensor, "batch edge"]:

@@ -97,13 +97,13 @@ def truths(known: KnownCircuit, plan: Experiment) -> dict[Truth, Bool[Tensor, " 
 def causal_edges(plan: Experiment) -> Bool[Tensor, " edge"]:
     """Edges whose ablation alone moves the metric of some example by more than `CHANGE` of the headroom.
 
-    Each live edge is tried; what is not live carries the same in both runs, or reaches nothing that is read.
+    Each carrying edge is tried; the others carry the same in both runs, or reach nothing that is read.
     """
-    tried = plan.live.nonzero()[:, 0]
-    keep = torch.ones(len(tried), len(plan.live), dtype=torch.bool)
+    tried = plan.carrying.nonzero()[:, 0]
+    keep = torch.ones(len(tried), len(plan.carrying), dtype=torch.bool)
     keep[torch.arange(len(tried)), tried] = False
     moved = (circuit_values(plan, keep) - plan.full).abs().amax(1)
-    found = torch.zeros_like(plan.live)
+    found = torch.zeros_like(plan.carrying)
     found[tried] = moved > CHANGE * abs(plan.headroom)
     return found
 

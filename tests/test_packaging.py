@@ -171,3 +171,9 @@ def test_import_leaves_the_acting_libraries_alone(module: str, tmp_path: Path) -
 def test_help_is_cheap(tmp_path: Path) -> None:
     code = "import sys; sys.argv = ['workbench', '--help']; from apps.cli import main\nsys.exit(main())"
     assert not imported_by(code, cwd=tmp_path) & HEAVY
+
+
+def test_documents_hold_no_placeholders() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        lines = (ROOT / name).read_text().splitlines()
+        assert not [line for line in lines if re.fullmatch(r"[A-Z_]{4,}|.*\b(TODO|TBD|FIXME)\b.*", line)]

@@ -71,12 +71,14 @@ def withstood(held: Found) -> None:
     """What else is known of the circuit that was found."""
     summary = held.summary
     low, high = summary["necessity_interval"]
+    least, most = summary["completeness_interval"]
     worst = ", ".join(f"`{name}`" for name in summary["worst_subset"])
     where = f"when {worst} is taken out of both" if worst else "with nothing taken out"
     st.markdown(
         f"The circuit as it was found ({summary['size']} edges: {summary['rule']}). Ablating it and keeping all else "
         f"loses **{summary['necessity']:.3f}** [{low:.3f}, {high:.3f}] of the headroom (necessity). Circuit and model "
-        f"come apart by at most **{summary['completeness']:.3f}** (completeness), {where}."
+        f"come apart by **{summary['completeness']:.3f}** [{least:.3f}, {most:.3f}] at the worst part that was tried "
+        f"(completeness, biased upward), {where}."
     )
     if "cpr" in summary:
         st.markdown(f"CPR **{summary['cpr']:.3f}**, CMD **{summary['cmd']:.3f}** (areas of the MIB benchmark).")

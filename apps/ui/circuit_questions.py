@@ -312,7 +312,9 @@ def _examined(
         caption=caption,
     )
     lost = plan.full - ablated
-    return Examined(effects=effects, examples=_examples(question, plan, lost), dead=not bool((mask & plan.live).any()))
+    return Examined(
+        effects=effects, examples=_examples(question, plan, lost), dead=not bool((mask & plan.carrying).any())
+    )
 
 
 def _share(plan: Experiment, change: Float[Tensor, " batch"], seed: int) -> dict[str, float]:

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from apps import benchmarks
+from apps.analyses import PAIRS
 from apps.bench import Benchmark
+from apps.circuits_of_runs import circuit_of
 from apps.cli import main
 from circuits.circuit import Terms
 from circuits.discovery import METHODS
 from circuits.exchange import Foreign, load_circuit
+from circuits.faithfulness import evaluate
 from workbench.store import RunFolder
 from workbench.training.checkpoints import load, save_checkpoint
 
@@ -64,6 +67,25 @@ def test_without_a_size_it_is_the_smallest_that_does_the_task(capsys: pytest.Cap
     assert found["rule"].startswith("smallest with faithfulness 0.9, accuracy 0.9")
     assert 9 <= found["size"] <= 13
     assert "Say --edges or --threshold" in refused(capsys, "circuit", RUN, "--method", "acdc")
+
+
+def test_the_smallest_circuit_of_the_grokked_model_stands() -> None:
+    run = load(RUN)
+    judged = circuit_of(run, method="exact")
+    own = evaluate(run.model(), judged.circuit, run.task.sample(PAIRS, split="test", seed=0))
+    assert judged.circuit.size < judged.live_edges == 17
+    assert own.faithfulness.mean >= 0.9
+    assert own.accuracy.mean >= 0.9
+    assert judged.accuracy.mean >= 0.9
+    for found in (own, judged):
+        assert len(found.controls) == 100
+        assert found.controls_size == judged.circuit.size
+        assert found.random_95 is not None
+        assert found.faithfulness.low > found.random_95
+        rows = found.minimality.rows()
+        assert [row["edge"] for row in rows] == judged.circuit.edges
+        assert {row["verdict"] for row in rows} <= {"needed", "redundant", "hurts", "little effect", "not told from 0"}
+    assert "needed" in judged.minimality.verdicts
 
 
 def test_what_is_asked_for_is_what_is_used(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from playwright.sync_api import Page, expect
 
@@ -18,12 +19,25 @@ from apps.cli import build_parser
 from apps.ui import circuit_jobs, circuit_questions, jobs
 from apps.ui.circuit_drawing import AROUND
 from apps.ui.circuit_questions import Question
+from circuits.circuit import Circuit
+from circuits.discovery import find
 from circuits.exchange import load_circuit, save_circuit
 from circuits.paths import path_patch
+from tests.circuits.test_attribution import silent_mlp
 from workbench import load, store
 from workbench.training.checkpoints import Run
 
 AppOn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A circuit as the page has it, at any size."""
+
+    circuit: Circuit
+
+    def at(self, size: int | None) -> Circuit:
+        return self.circuit
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +210,18 @@ def test_redundant_edges_keep_their_partners(summary: dict[str, Any], run: Run, 
     )
     assert held.minimality.partners == (("y", "z"), ())
     assert held.minimality.verdicts == ("redundant", "needed")
+
+
+def test_an_edge_that_changes_an_answer_is_not_called_dead(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = silent_mlp()
+    monkeypatch.setattr(circuit_questions, "plan_of", lambda question: plan)
+    monkeypatch.setattr(circuit_questions, "found", lambda question: Held(find(plan, "exact", edges=1)))
+    monkeypatch.setattr(circuit_questions, "_examples", lambda question, plan, lost: pd.DataFrame())
+    asked = replace(question, ablation="zero")
+    seen = {edge: circuit_questions.examined_edge.__wrapped__(asked, None, edge) for edge in plan.graph.index}
+    assert not seen["input->m0"].dead
+    assert not bool(plan.live[plan.graph.index["input->m0"]])
+    assert seen["m0->logits"].dead
 
 
 def test_two_checkpoints_and_two_methods_are_compared(

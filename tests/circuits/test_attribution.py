@@ -15,6 +15,8 @@ from circuits.components import inputs_of, run_parts, weighted
 from circuits.experiment import Experiment, experiment
 from circuits.graph import circuit_graph
 from circuits.memoised import circuit_values
+from circuits.paths import path_patch
+from circuits.truths import causal_edges
 from tests.circuits.test_known_circuits import gpt2_bridge
 from tests.circuits.test_memoised import KINDS, one_by_one, planned
 from workbench.metrics import Metric
@@ -107,6 +109,20 @@ def test_an_edge_into_a_silent_node_is_measured_too() -> None:
     assert float(scores.score[plan.graph.index["input->m0"]]) == 5
     assert float(scores.score[plan.graph.index["input->logits"]]) == 1
     assert float(scores.score.sum()) == 6
+
+
+def test_an_edge_that_is_not_live_can_change_an_answer_alone() -> None:
+    plan = silent_mlp()
+    names = plan.graph.names
+    assert names(plan.live) == ["input->logits"]
+    assert "input->m0" in names(plan.carrying)
+    assert names(causal_edges(plan)) == ["input->m0", "input->logits"]
+    without = torch.stack([plan.live, ~plan.graph.mask(["input->m0"])])
+    # With all edges ablated that are not live every answer is the model's, and with this one alone it is not.
+    assert (circuit_values(plan, without) - plan.full).tolist() == [[0, 0], [-5, -5]]
+    patched = path_patch(plan.model, plan.batch, receivers="m0,logits", ablation="zero", direction="noise")
+    alive = [(path.sender, path.receiver) for path, live in zip(patched.paths, patched.live, strict=True) if live]
+    assert alive == [("input", "m0"), ("input", "logits"), ("input", "together")]
 
 
 @pytest.mark.parametrize(("kind", "ablation"), CASES)
@@ -261,7 +277,7 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
         eap(plan.measured_by(metric))
     with torch.no_grad():
         plan.model.unembed.W_U.fill_(math.nan)  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(WorkbenchError, match="mean logit_difference is nan"):
+    with pytest.raises(WorkbenchError, match="Metric .logit_difference. is not finite on the whole model"):
         experiment(plan.model, plan.batch)
 
 

@@ -9,6 +9,7 @@ from circuits.clusters import cluster_shares
 from circuits.experiment import experiment
 from circuits.graph import circuit_graph
 from circuits.memoised import circuit_values
+from tests.circuits.test_faithfulness import bootstrap_95, told_apart
 from tests.circuits.test_memoised import planned
 from workbench.models.planted import frequency_clusters, modular_addition
 from workbench.runtime import WorkbenchError
@@ -32,13 +33,20 @@ def test_clusters_of_the_planted_frequencies_share_what_the_mlp_carries() -> Non
 
 
 def test_a_cluster_is_ablated_by_all_its_edges() -> None:
-    plan = planned("clusters")
+    """Beside the MLP this model has heads, and another MLP: without any cluster it is not the empty circuit."""
+    plan = told_apart("clusters")
     found = cluster_shares(plan)
     assert found.names == ("m1.c0", "m1.c1")
-    for place, name in enumerate(found.names):
-        cut = torch.tensor([edge.source == name for edge in plan.graph.edges])
-        lost = (plan.full - circuit_values(plan, ~cut[None])[0]).mean() / plan.headroom
-        torch.testing.assert_close(found.share[0, place], lost)
+    cut = torch.tensor([[edge.source == name for edge in plan.graph.edges] for name in found.names])
+    nothing = circuit_values(plan, ~cut.any(0, keepdim=True))[0]
+    assert abs(float((nothing - plan.empty).mean())) > 0.1 * abs(plan.headroom)
+    for place, own in enumerate(cut):
+        without, alone = circuit_values(plan, torch.stack([~own, ~(cut.any(0) & ~own)]))
+        for way, share in enumerate((plan.full - without, alone - nothing)):
+            torch.testing.assert_close(found.share[way, place], share.mean() / plan.headroom)
+            low, high = bootstrap_95(share, plan.full - plan.empty)
+            ends = [float(end[way, place]) for end in (found.low, found.high)]
+            assert ends == pytest.approx([low, high], abs=0.1 * (high - low))
 
 
 def test_a_graph_without_clusters_and_labels_that_do_not_fit_are_refused() -> None:

@@ -90,6 +90,15 @@ def test_what_dangles_is_pruned_and_both_sizes_are_kept() -> None:
     assert kept.edges == ["input->a0.h0<v>", "a0.h0->logits", "m0->logits"]
 
 
+def test_a_circuit_of_which_nothing_is_left_is_refused() -> None:
+    """By single patches no input of an OR gate matters, so that the one edge that does dangles."""
+    gate = PLANTED["or_gate"]()
+    with pytest.raises(WorkbenchError, match="nothing is left of the 1 largest absolute scores by 'exact'"):
+        extract(gate.model, gate.pairs(8, 0), method="exact", edges=1)
+    high = extract(gate.model, gate.pairs(8, 0), method="exact", threshold=1e6)
+    assert high.size == 0
+
+
 def test_edges_that_are_not_live_are_not_taken() -> None:
     live = torch.ones(8, dtype=torch.bool)
     live[7] = False

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import bootstrap
 from torch import Tensor
 
-from circuits import evaluate, extract
+from circuits import evaluate, extract, faithfulness
+from circuits.attribution import exact_scores
 from circuits.circuit import Circuit
 from circuits.components import constant_before
 from circuits.discovery import find
@@ -23,6 +25,7 @@ from tests.circuits.test_memoised import KINDS, one_by_one, planned
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Site
 from workbench.instrument.trace import FromTrace, Patch, Zero
+from workbench.intervals import Estimate
 from workbench.metrics import Metric
 from workbench.models.known import ABLATIONS, Ablation
 from workbench.models.planted import PLANTED
@@ -129,9 +132,93 @@ def test_every_number_against_the_loop() -> None:
     assert found.random_95 == pytest.approx(float(found.controls.quantile(0.95)))
     assert found.live_edges == int(plan.live.sum())
     assert found.n == 5
+    expected = {
+        "faithfulness": (values[0] - plan.empty, plan.full - plan.empty),
+        "necessity": (plan.full - values[1], plan.full - plan.empty),
+        "accuracy": (right, torch.ones_like(right)),
+    }
+    for name, (above, below) in expected.items():
+        share = getattr(found, name)
+        ends = bootstrap_95(above, below)
+        assert (share.low, share.high) == pytest.approx(ends, abs=0.1 * (ends[1] - ends[0]) + 1e-9), name
     again, other = (judge(plan, circuit, controls=7, seed=seed) for seed in (2, 3))
     assert torch.equal(again.controls, found.controls)
     assert not torch.equal(other.controls, found.controls)
+
+
+def bootstrap_95(above: Tensor, below: Tensor) -> tuple[float, float]:
+    """The percentile interval of a ratio of means, by another library."""
+    found = bootstrap(
+        (above.numpy(), below.numpy()),
+        lambda one, other, axis: one.mean(axis) / other.mean(axis),
+        paired=True,
+        n_resamples=20_000,
+        method="percentile",
+        random_state=0,
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def test_a_gap_has_the_interval_of_the_difference_folded_at_0() -> None:
+    plan, better = told_apart("attention only"), told_apart("shared")
+    drawn = torch.rand(2, 6, len(plan.graph.edges), generator=generator(4, "circuits")) < 0.5
+    cases = [(plan, keep, keep & part) for keep, part in zip(*drawn, strict=True)]
+    # Without the edges that hurt, the circuit does better than the model.
+    helping = exact_scores(better).score > 0
+    signs = set()
+    for plan, keep, part in [*cases, (better, helping, helping & False)]:
+        of_circuit, of_model = one_by_one(plan, torch.stack([keep & ~part, ~part]))
+        low, high = bootstrap_95(of_circuit - of_model, plan.full - plan.empty)
+        across = low <= 0 <= high
+        signs.add("across" if across else "above" if low > 0 else "below")
+        ends = (0 if across else min(abs(low), abs(high)), max(abs(low), abs(high)))
+        found = faithfulness._gap_at(plan, keep, part, 3)
+        assert (found.low, found.high) == pytest.approx(ends, abs=0.1 * (high - low))
+        assert found.low <= found.mean <= found.high
+    assert signs == {"across", "above", "below"}
+
+
+def test_completeness_comes_with_the_interval_of_its_part() -> None:
+    plan = told_apart("attention only")
+    keep = torch.rand(len(plan.graph.edges), generator=generator(4, "greedy")) < 0.4
+    found, worst = completeness(plan, keep, seed=3)
+    assert found == faithfulness._gap_at(plan, keep, plan.graph.mask(worst), 3)
+    judged = judge(plan, kept(plan, keep), controls=0, seed=3)
+    assert judged.completeness == found
+    assert judged.summary()["completeness_interval"] == [found.low, found.high]
+    assert judged.tables()[0].frame.set_index("measure").loc["completeness", "high"] == found.high
+
+
+def test_the_whole_circuit_is_one_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faithfulness, "SUBSETS", 0)
+    monkeypatch.setattr(faithfulness, "GREEDY_STEPS", 0)
+    plan = told_apart("attention only")
+    keep = torch.rand(len(plan.graph.edges), generator=generator(4, "greedy")) < 0.4
+    values = one_by_one(plan, torch.stack([keep, ~keep])).mean(1)
+    without_nothing, without_all = float(values[0] - plan.full.mean()), float(plan.empty.mean() - values[1])
+    assert abs(without_all) > abs(without_nothing)
+    found, worst = completeness(plan, keep)
+    assert found.mean == pytest.approx(abs(without_all) / plan.headroom)
+    assert list(worst) == plan.graph.names(keep)
+
+
+def test_random_parts_hold_half_of_the_circuit(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = told_apart("plain"), []
+
+    def spied(plan: Experiment, keep: Tensor, parts: Tensor) -> Tensor:
+        tried.append(parts)
+        return gaps(plan, keep, parts)
+
+    gaps = faithfulness._gaps
+    monkeypatch.setattr(faithfulness, "_gaps", spied)
+    monkeypatch.setattr(faithfulness, "GREEDY_STEPS", 0)
+    monkeypatch.setattr(faithfulness, "SUBSETS", 60)
+    keep = plan.live
+    completeness(plan, keep)
+    random = tried[0][2:]
+    assert not bool((random & ~keep).any())
+    assert float(random[:, keep].double().mean()) == pytest.approx(0.5, abs=0.03)
+    assert len(random.unique(dim=0)) == 60
 
 
 def test_the_whole_model_is_faithful_complete_and_right() -> None:
@@ -140,7 +227,7 @@ def test_the_whole_model_is_faithful_complete_and_right() -> None:
     assert found.faithfulness.mean == pytest.approx(1)
     assert found.necessity.mean == pytest.approx(1)
     assert found.accuracy.mean == found.model_accuracy == 1
-    assert found.completeness == pytest.approx(0, abs=1e-6)
+    assert found.completeness.mean == pytest.approx(0, abs=1e-6)
 
 
 def test_a_missing_backup_is_found() -> None:
@@ -149,15 +236,15 @@ def test_a_missing_backup_is_found() -> None:
     branch = plan.graph.mask(["embed->a0.h0<v>", "a0.h0->m0", "m0->logits"])
     found = judge(plan, kept(plan, branch), controls=0)
     assert found.faithfulness.mean == pytest.approx(1, abs=1e-4)
-    assert found.completeness == pytest.approx(1, abs=1e-4)
+    assert found.completeness.mean == pytest.approx(1, abs=1e-4)
     assert found.worst_subset
     assert {"embed->a0.h0<v>", "a0.h0->m0"} & set(found.worst_subset)
     assert "m0->logits" not in found.worst_subset
     without = plan.graph.mask(found.worst_subset)
     apart = circuit_values(plan, torch.stack([branch & ~without, ~without])).mean(1)
-    assert float((apart[0] - apart[1]).abs()) / plan.headroom == pytest.approx(found.completeness, abs=1e-5)
+    assert float((apart[0] - apart[1]).abs()) / plan.headroom == pytest.approx(found.completeness.mean, abs=1e-5)
     assert found.necessity.mean == pytest.approx(1, abs=1e-4)
-    assert completeness(plan, whole)[0] == pytest.approx(0, abs=1e-3)
+    assert completeness(plan, whole)[0].mean == pytest.approx(0, abs=1e-3)
 
 
 def test_greedy_parts_go_where_random_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,12 +253,13 @@ def test_greedy_parts_go_where_random_ones_do_not(monkeypatch: pytest.MonkeyPatc
     keep[plan.graph.index["embed->a0.h2<v>"]] = False
     monkeypatch.setattr("circuits.faithfulness.SUBSETS", 0)
     greedy = completeness(plan, keep)
-    assert greedy[0] == pytest.approx(1, abs=1e-4)
+    assert greedy[0].mean == pytest.approx(1, abs=1e-4)
     monkeypatch.setattr("circuits.faithfulness.GREEDY_STEPS", 0)
     # With nothing taken out of either, circuit and model agree.
-    assert completeness(plan, keep) == (pytest.approx(0, abs=1e-4), ())
+    nothing, part = completeness(plan, keep)
+    assert (nothing.mean, part) == (pytest.approx(0, abs=1e-4), ())
     monkeypatch.setattr("circuits.faithfulness.SUBSETS", 20)
-    assert completeness(plan, keep)[0] == pytest.approx(1, abs=1e-4)
+    assert completeness(plan, keep)[0].mean == pytest.approx(1, abs=1e-4)
 
 
 def test_parts_grow_by_the_edge_that_drives_the_two_apart_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +284,7 @@ def test_parts_grow_by_the_edge_that_drives_the_two_apart_most(monkeypatch: pyte
         tried.append((gap(part), plan.graph.names(part)))
     wanted, names = max(tried)
     found = completeness(plan, keep)
-    assert found == (pytest.approx(wanted), tuple(names))
+    assert (found[0].mean, found[1]) == (pytest.approx(wanted), tuple(names))
     assert len(names) > 1
 
 
@@ -207,7 +295,8 @@ def test_an_empty_circuit_is_judged_like_any_other() -> None:
     assert circuit.size == 0
     found = judge(plan, circuit)
     assert found.faithfulness.mean == pytest.approx(0, abs=1e-9)
-    assert (found.completeness, found.worst_subset) == (0.0, ())
+    assert (found.completeness, found.worst_subset) == (Estimate(mean=0.0, low=0.0, high=0.0), ())
+    assert found.controls_size == 0
     assert found.random_95 is None
     assert found.minimality.edges == ()
     assert "random 95 % none" in str(found)
@@ -271,6 +360,15 @@ def test_a_headroom_that_may_be_none_is_refused() -> None:
     assert bool((plan.full < plan.empty).any())
     with pytest.raises(WorkbenchError, match=r"Headroom is not told from 0: .* n = 5"):
         judge(plan, find(plan, "eap", edges=8))
+
+
+def test_controls_are_as_large_as_can_be_and_say_so() -> None:
+    """The whole model has more edges than are live."""
+    plan, _ = gate("and_gate")
+    most = int(plan.graph.connected(plan.live).sum())
+    found = judge(plan, kept(plan, torch.ones(len(plan.graph.edges), dtype=torch.bool)), controls=2)
+    assert found.summary()["controls_size"] == found.controls_size == most < found.circuit.size
+    assert f"2 random connected circuits of {most} edges" in found.tables()[0].caption
 
 
 def test_what_does_not_fit_together_is_refused() -> None:

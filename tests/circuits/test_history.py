@@ -144,6 +144,52 @@ def test_numbers_are_those_of_evaluate() -> None:
     assert FOUND.at(10).random_95 is None
 
 
+def test_examples_of_another_draw_judge_what_was_found() -> None:
+    others = COPY.pairs(24, 1)
+    models = [(0, random_model(0)), (2, trained_model())]
+    asked = {"method": "exact", "edges": 5, "controls": 6, "seed": 2}
+    found = through_training(models, PAIRS, judged_on=others, **asked)  # pyright: ignore[reportArgumentType]
+    moment, own = found.at(2), through_training(models, PAIRS, **asked).at(2)  # pyright: ignore[reportArgumentType]
+    judged = evaluate(trained_model(), moment.circuit, others, controls=6, seed=2)
+    assert (moment.faithfulness, moment.accuracy) == (judged.faithfulness, judged.accuracy)
+    assert (moment.random_95, moment.controls_size) == (judged.random_95, judged.controls_size)
+    assert moment.model_accuracy == judged.model_accuracy
+    assert moment.circuit.edges == own.circuit.edges
+    # What scores are shares of is the headroom of the examples that they were found on.
+    assert (moment.headroom, moment.headroom_interval) == (own.headroom, own.headroom_interval)
+    assert moment.faithfulness != own.faithfulness
+    summary = found.summary()
+    assert (summary["n"], summary["judged_on"], summary["controls"]) == (16, 24, 6)
+    assert "judged on 24 examples other than" in found.tables()[0].caption
+    assert FOUND.summary()["judged_on"] is None
+
+
+def test_headroom_that_may_be_none_where_it_is_judged_is_no_headroom() -> None:
+    """Seven of sixteen answers change places with their distractors."""
+    assert PAIRS.distractor is not None
+    swapped = (torch.arange(16) < 7)[:, None]
+    crossed = replace(
+        PAIRS,
+        targets=torch.where(swapped, PAIRS.distractor, PAIRS.targets),
+        distractor=torch.where(swapped, PAIRS.targets, PAIRS.distractor),
+    )
+    moment = history(judged_on=crossed).at(10)
+    assert moment.reason is not None
+    assert moment.reason.startswith("Headroom not told from 0")
+    assert (moment.circuit.size, moment.faithfulness) == (0, None)
+    same = replace(PAIRS, corrupt=PAIRS.tokens)
+    with pytest.raises(WorkbenchError, match="None of the 5 checkpoints can be looked into. No headroom"):
+        history(judged_on=same)
+
+
+def test_a_checkpoint_that_is_not_finite_is_no_checkpoint_without_headroom() -> None:
+    lost = copying()
+    with torch.no_grad():
+        lost.unembed.W_U[0, 0] = math.nan
+    with pytest.raises(WorkbenchError, match="At step 7: Metric 'logit_difference' is not finite"):
+        through_training([(0, copying(share=0.0)), (7, lost)], PAIRS, method="exact", edges=2)
+
+
 def test_a_size_that_no_random_circuit_has_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controls, "TRIES", 0)
     found = history(controls=5)
@@ -322,9 +368,7 @@ def test_mistakes_are_refused() -> None:
     with pytest.raises(WorkbenchError, match=r"None of the 2 checkpoints can be looked into. No headroom"):
         through_training([(0, copying(share=0.0)), (1, copying(share=0.0))], PAIRS, edges=2)
     alone = Batch(tokens=PAIRS.tokens, targets=PAIRS.targets, read=PAIRS.read)
-    with pytest.raises(
-        WorkbenchError, match=r"None of the 1 checkpoints.*needs counterfactual pairs|no counterfactual"
-    ):
+    with pytest.raises(WorkbenchError, match=r"At step 0: .*no counterfactual"):
         through_training([(0, COPY.model)], alone, edges=2)
     with pytest.raises(WorkbenchError, match=r"step 12 was looked at; the nearest is 10. There are 5, from 0 to 40"):
         FOUND.at(12)

@@ -49,6 +49,27 @@ def test_gates_hold_the_budget() -> None:
     assert float(scores.score[~plan.live].max()) < float(scores.score[plan.live].min())
 
 
+def test_the_budget_tightens_over_the_first_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The multipliers' gradients are the share of live gates beyond what is allowed at each step, and its square."""
+    plan, _ = planted("and_gate", 8)
+    steps, edges, live, seen = 20, 8, int(plan.live.sum()), []
+
+    class Spied(torch.optim.Adam):
+        def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            gates, multipliers = (group["params"][0] for group in self.param_groups)
+            seen.append((gates.detach().clone(), multipliers.grad.clone()))
+            super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "Adam", Spied)
+    learned_mask(plan, edges, steps=steps)
+    assert len(seen) == steps
+    for step, (gates, gradient) in enumerate(seen):
+        open_ = float((gates - 2 / 3 * math.log(0.1 / 1.1)).sigmoid().sum())
+        allowed = live - (live - edges) * min(1.0, (step + 1) / 10)
+        excess = (open_ - allowed) / live
+        assert gradient.tolist() == pytest.approx([excess, excess**2], abs=1e-5)
+
+
 def test_gates_are_hard_concrete(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, drawn = planned("columns"), []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,13 +114,21 @@ def test_all_edges_are_the_model_and_none_the_counterfactual(kind: str) -> None:
     torch.testing.assert_close(none, plan.empty, rtol=1e-10, atol=1e-10)
 
 
-def test_edges_that_are_not_live_change_nothing_and_a_missing_change_is_seen() -> None:
+def test_edges_that_carry_nothing_else_change_nothing_and_a_missing_change_is_seen() -> None:
     plan = planned("columns")
     keep = ~torch.eye(len(plan.graph.edges), dtype=torch.bool)
     moved = (circuit_values(plan, keep) - plan.full).abs().amax(1)
-    assert 0 < int(plan.live.sum()) < len(plan.graph.edges)
-    assert float(moved[~plan.live].max()) < 1e-10
-    assert float(moved[plan.live].max()) > 1e-3
+    assert 0 < int(plan.carrying.sum()) < len(plan.graph.edges)
+    assert float(moved[~plan.carrying].max()) < 1e-10
+    assert float(moved[plan.carrying].max()) > 1e-3
+
+
+def test_a_small_difference_is_carried_and_rounding_is_not() -> None:
+    plan = planned("columns")
+    assert bool(plan.carrying.any())
+    for share, carried in ((1e-4, plan.carrying), (1e-9, plan.carrying & False)):
+        nearer = replace(plan, ablated=plan.clean + share * (plan.ablated - plan.clean))
+        assert torch.equal(nearer.carrying, carried)
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,9 @@ from torch import Tensor
 from circuits import minimality as module
 from circuits.experiment import Experiment, experiment
 from circuits.graph import circuit_graph
-from circuits.minimality import minimality
+from circuits.minimality import Minimality, minimality
 from tests.circuits.test_acdc import clusters_writing
+from tests.circuits.test_faithfulness import told_apart
 from tests.circuits.test_memoised import one_by_one, planned
 from workbench.models.planted import PLANTED
 
@@ -67,7 +70,7 @@ def test_small_costs_that_add_up_are_not_redundancy() -> None:
 
 @pytest.mark.parametrize("metric", ["logit_difference", "kl"])
 def test_costs_are_those_of_single_runs(metric: str) -> None:
-    plan = planned("attention only", metric=metric)
+    plan = told_apart("attention only", metric=metric)
     keep = torch.ones(len(plan.graph.edges), dtype=torch.bool)
     keep[[2, 5, 11]] = False
     found = minimality(plan, keep, seed=3)
@@ -79,13 +82,41 @@ def test_costs_are_those_of_single_runs(metric: str) -> None:
         cost = float((whole - one_by_one(plan, without[None])[0]).mean()) / plan.headroom
         assert float(found.cost[place]) == pytest.approx(cost, abs=1e-10)
         assert float(found.low[place]) - 1e-9 <= cost <= float(found.high[place]) + 1e-9
-        verdicts.append("needed" if cost > 0.02 else "hurts" if cost < -0.02 else "cheap")
-    assert {"needed", "hurts"} <= set(verdicts)
+        told = not float(found.low[place]) <= 0 <= float(found.high[place])
+        large = ("needed" if cost > 0 else "hurts") if told else "not told from 0"
+        verdicts.append(large if abs(cost) > 0.02 else "cheap")
+    assert {"needed", "not told from 0"} <= set(verdicts)
     for said, wanted in zip(found.verdicts, verdicts, strict=True):
         assert said == wanted or (wanted == "cheap" and said in ("little effect", "redundant"))
     assert found.edges == tuple(plan.graph.names(keep))
     assert torch.equal(minimality(plan, keep, seed=3).low, found.low)
     assert not torch.equal(minimality(plan, keep, seed=4).low, found.low)
+
+
+def by_hand(seldom: Tensor, monkeypatch: pytest.MonkeyPatch) -> Minimality:
+    """The first edge is worth 1 in every example, the second this much, as is either of two; the last one costs 0.1."""
+    plan = planned("plain")
+    keep = torch.arange(len(plan.graph.edges)) < 5
+
+    def values(plan: Experiment, circuits: Tensor) -> Tensor:
+        first, second, third, fourth, fifth = circuits[:, :5].T.double()[..., None]
+        return first + seldom * second + seldom * torch.maximum(third, fourth) - 0.1 * fifth
+
+    monkeypatch.setattr(module, "circuit_values", values)
+    rows = torch.zeros(len(seldom), dtype=torch.long)
+    runs = {"clean": plan.clean[rows], "ablated": plan.ablated[rows], "full": 1 + 2 * seldom, "empty": 0 * seldom}
+    return minimality(replace(plan, batch=plan.batch.select(rows), **runs), keep)
+
+
+def test_what_one_example_says_alone_is_not_told_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    always = by_hand(torch.full((24,), 0.5, dtype=torch.float64), monkeypatch)
+    torch.testing.assert_close(always.cost, torch.tensor([0.5, 0.25, 0, 0, -0.05], dtype=torch.float64))
+    assert always.verdicts == ("needed", "needed", "redundant", "redundant", "hurts")
+    once = torch.zeros(24, dtype=torch.float64)
+    once[7] = 12
+    found = by_hand(once, monkeypatch)
+    torch.testing.assert_close(found.cost, always.cost)
+    assert found.verdicts == ("needed", "not told from 0", "little effect", "little effect", "hurts")
 
 
 def test_so_many_pairs_are_tried_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,12 +65,12 @@ def test_the_order_of_the_edges_does_not_matter() -> None:
 @pytest.mark.parametrize("truth", [marked(), marked(0, 1, 2, 3, 4)])
 def test_a_truth_of_all_or_nothing_judges_nothing(truth: torch.Tensor) -> None:
     assert judge(torch.arange(5.0), truth, EVERY) is None
-    assert chance(5, int(truth.sum())) is None
+    assert chance(truth, EVERY) is None
 
 
 def test_one_true_edge_of_four_at_random() -> None:
     # It stands first to fourth alike: AUROC 1, 2/3, 1/3, 0, average precision 1, 1/2, 1/3, 1/4.
-    found = chance(4, 1)
+    found = chance(marked(2, of=4), EVERY[:4])
     assert found is not None
     assert found.auroc.mean == pytest.approx(0.5, abs=0.05)
     assert (found.auroc.low, found.auroc.high) == (0, 1)
@@ -79,26 +79,34 @@ def test_one_true_edge_of_four_at_random() -> None:
     assert found.precision.mean == pytest.approx(0.25, abs=0.05)
 
 
-def test_chance_is_what_judged_rankings_reach() -> None:
+@pytest.mark.parametrize("candidates", [range(40), range(3, 12), range(2, 5)], ids=["all", "some", "fewer than true"])
+def test_chance_is_what_judged_rankings_reach(candidates: range) -> None:
     draw = generator(1, "rankings")
-    truth, every = marked(*range(6), of=40), torch.ones(40, dtype=torch.bool)
-    judged = [judge(torch.rand(40, generator=draw), truth, every) for _ in range(200)]
-    found = chance(40, 6)
+    truth, among = marked(*range(6), of=40), marked(*candidates, of=40)
+    judged = [judge(torch.rand(40, generator=draw), truth, among) for _ in range(200)]
+    found = chance(truth, among)
     assert found is not None
-    for measure in ("auroc", "auprc", "precision"):
+    for measure in ("auroc", "auprc", "precision", "recall"):
         values = torch.tensor([getattr(quality, measure) for quality in judged])
         band = getattr(found, measure)
         assert band.mean == pytest.approx(float(values.mean()), abs=0.02)
         inside = float(((values >= band.low) & (values <= band.high)).float().mean())
         # Few true edges give few values of precision, so that its band holds more than it must.
-        assert 0.91 <= inside <= (1 if measure == "precision" else 0.99)
+        assert 0.91 <= inside <= (1 if measure in ("precision", "recall") else 0.99)
+
+
+def test_without_candidates_nothing_is_found() -> None:
+    found = chance(marked(0, 2), marked())
+    assert found is not None
+    assert (found.precision.high, found.recall.high) == (0, 0)
 
 
 @pytest.mark.parametrize(("edges", "true"), [(13, 6), (94, 15), (2102, 57)])
 def test_random_rankings_score_a_half(edges: int, true: int) -> None:
-    found = chance(edges, true, rankings=200)
+    truth, every = marked(*range(true), of=edges), torch.ones(edges, dtype=torch.bool)
+    found = chance(truth, every, rankings=200)
     assert found is not None
     assert found.auroc.mean == pytest.approx(0.5, abs=0.05)
     assert found.auroc.low < 0.5 < found.auroc.high
     assert found.precision.mean == pytest.approx(true / edges, abs=0.05)
-    assert chance(edges, true, rankings=200, seed=1) != found
+    assert chance(truth, every, rankings=200, seed=1) != found

@@ -33,7 +33,7 @@ from circuits.truths import (
 from workbench.figures import figure
 from workbench.models.planted import PLANTED, copy
 from workbench.models.tracr import tracr_names
-from workbench.runtime import WorkbenchError
+from workbench.runtime import WorkbenchError, generator
 from workbench.store import to_json
 
 
@@ -168,10 +168,27 @@ def test_rows_say_what_chance_reaches(card: ScoreCard) -> None:
     assert len(frame) == (3 + 2 + 1 + 1) * 4 * 2
     assert not frame.duplicated(["circuit", "ablation", "truth", "finder"]).any()
     assert (frame["random_auroc"] - 0.5).abs().max() < 0.05
-    assert (frame["random_precision"] - frame["density"]).abs().max() < 0.05
+    # Live edges are fewer than all, and more of them are true.
+    assert (frame["random_precision"] > frame["density"] - 0.05).all()
+    assert (frame["random_precision"] > 1.3 * frame["density"]).any()
     assert (frame["random_auroc_low"] < 0.5).all()
     assert (frame["random_auroc_high"] > 0.5).all()
     assert (frame["forwards"] > 0).all()
+
+
+@pytest.mark.parametrize("truth", ["structural", "causal"])
+@pytest.mark.parametrize(("name", "ablation"), [("or_gate", "resample"), ("tracr-reverse", "zero")])
+def test_a_random_score_is_at_the_chance_that_is_shown(name: str, ablation: str, truth: str, card: ScoreCard) -> None:
+    known = load_known(name)
+    plan = experiment_on(known, known.pairs(SET_N, SET_SEED), ablation)  # pyright: ignore[reportArgumentType]
+    true, draw = truths.truths(known, plan)[truth], generator(0, "random scores")  # pyright: ignore[reportArgumentType]
+    judged = [judge(torch.rand(len(true), generator=draw), true, plan.live) for _ in range(1000)]
+    shown = row(card, name, ablation, "exact", truth)
+    for measure in ("auroc", "auprc", "precision", "recall"):
+        values = torch.tensor([getattr(quality, measure) for quality in judged])
+        # Both means are over 1000 rankings.
+        error = float(values.std()) * (2 / 1000) ** 0.5
+        assert shown[f"random_{measure}"] == pytest.approx(float(values.mean()), abs=4 * error)
 
 
 def test_acdc_ranks_by_the_largest_threshold_that_keeps_an_edge() -> None:
@@ -235,13 +252,26 @@ def test_means_compare_finders_on_the_same_circuits(card: ScoreCard) -> None:
     assert (means["circuits"] == 4).all()
     values = card.frame.query("ablation == 'zero' and truth == 'causal' and finder == 'eap'")["auroc"]
     assert means.loc["eap", "auroc"] == pytest.approx(values.mean())
-    assert means.loc["eap", "low"] <= values.mean() <= means.loc["eap", "high"]
+    half = 3.182446 * values.std() / 4**0.5
+    assert means.loc["eap", "low"] == pytest.approx(max(0, values.mean() - half), abs=1e-5)
+    assert means.loc["eap", "high"] == pytest.approx(min(1, values.mean() + half), abs=1e-5)
+    assert means.loc["eap", "high"] == 1
+    free = card.frame.query("ablation == 'zero' and truth == 'causal' and finder == 'eap'")["live_auroc"]
+    assert means.loc["exact", "live_auroc"] == means.loc["eap", "live_auroc"] == pytest.approx(free.mean())
+    assert "n = 2 (resample, structural)" in card.tables()[-1].caption
     assert means.loc["exact", "low"] == means.loc["exact", "high"] == 1
     lacking = tuple(
         replace(one, quality=None) if (one.circuit, one.finder) == ("induction", "eap") else one for one in card.rows
     )
     without = replace(card, rows=lacking).means.query("ablation == 'zero' and truth == 'causal'")
     assert (without["circuits"] == 3).all()
+
+
+def test_one_circuit_has_no_interval_over_circuits() -> None:
+    alone = scorecard(["exact"], ["copy"], ["zero"], n=4)
+    assert bool(alone.means[["low", "high"]].isna().all(axis=None))
+    assert json.loads(to_json(alone.summary()))["means"][0]["low"] is None
+    assert figure(alone.tables()[-1]) is not None
 
 
 def test_time_is_counted_in_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,12 @@ def test_the_mean_over_runs_with_its_interval() -> None:
     found = over_seeds(runs, ["a", "b", "c"])
     frame = found.frame.set_index(["run", "measure"])
     assert frame.loc[("mean", "faithfulness"), "value"] == pytest.approx(0.9)
-    assert 0.8 <= frame.loc[("mean", "faithfulness"), "low"] < 0.9 < frame.loc[("mean", "faithfulness"), "high"] <= 1.0
+    # Student's t of 2 degrees of freedom is 4.3027 at 97.5 %; the standard error is 0.1 / sqrt(3).
+    ends = [frame.loc[("mean", "faithfulness"), end] for end in ("low", "high")]
+    assert ends == pytest.approx([0.9 - 4.3027 * 0.1 / 3**0.5, 0.9 + 4.3027 * 0.1 / 3**0.5], abs=1e-4)
+    assert [frame.loc[("mean", "size"), end] for end in ("low", "high")] == [one.circuit.size] * 2
+    assert "Circuits of 3 runs" in found.tables()[0].caption
+    assert "Student's 95 % over runs" in found.tables()[0].caption
     assert frame.loc[("b", "faithfulness"), "value"] == pytest.approx(0.9)
     assert frame.loc[("mean", "size"), "value"] == one.circuit.size
     assert math.isnan(frame.loc[("a", "random_95"), "value"])

@@ -14,6 +14,7 @@ from circuits.attribution import eap, exact_scores
 from circuits.circuit import EdgeScores
 from circuits.masks import learned_mask
 from circuits.stability import significant_edges, stability
+from tests.circuits.test_attribution import silent_mlp
 from tests.circuits.test_consensus import TERMS, scored
 from tests.circuits.test_memoised import planned
 from workbench.figures import figure
@@ -119,15 +120,26 @@ def test_a_stricter_rate_finds_less() -> None:
     assert set(strict.edges) < set(loose.edges)
 
 
-def test_dead_edges_are_not_tested() -> None:
-    """Thirty edges without an effect would hide one whose p-value is 0.02; dead ones must not."""
+def test_edges_without_any_effect_are_not_tested() -> None:
+    """Thirty edges that do nothing on average would hide one whose p-value is 0.02; those that do nothing must not."""
     examples = noise(1, edges=46) + torch.where(torch.arange(46) == 5, 0.45, 0.0)
-    every, alone = torch.ones(46, dtype=torch.bool), torch.arange(46) == 5
-    assert significant_edges(on_plain(examples, live=every)).edges == []
-    found = significant_edges(on_plain(examples, live=alone))
+    alone = torch.arange(46) == 5
+    assert significant_edges(on_plain(examples)).edges == []
+    found = significant_edges(on_plain(torch.where(alone, examples, 1e-9 * examples)))
     assert len(found.edges) == 1
+    assert torch.equal(found.tested, alone)
     assert found.pvalue[~alone].tolist() == [1.0] * 45
     assert found.flips == 1000
+    nothing = significant_edges(on_plain(torch.zeros(32, 46)))
+    assert (nothing.edges, nothing.summary()["tested"]) == ([], 0)
+
+
+def test_an_edge_that_is_not_live_can_have_an_effect() -> None:
+    scores = exact_scores(silent_mlp())
+    assert scores.examples is not None
+    found = significant_edges(replace(scores, examples=scores.examples.repeat(4, 1)))
+    assert found.edges == ["input->m0", "input->logits"]
+    assert scores.graph.names(scores.live) == ["input->logits"]
 
 
 def test_pvalues_are_those_of_the_sign_flip_test_in_any_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,14 +157,30 @@ def test_there_are_enough_assignments_for_one_edge_to_pass() -> None:
     examples[:, 7] += 5
     found = significant_edges(on_plain(examples), rate=0.01)
     assert found.flips == 4600
+    assert found.fewest == 1
     assert found.found.nonzero().tolist() == [[7]]
+
+
+def test_where_one_edge_alone_cannot_pass_it_is_said_how_many_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 46 edges at a rate of 0.05 with 199 assignments, p = 1/200 is enough for 46 / 200 / 0.05 = 4.6 together."""
+    monkeypatch.setattr(room, "MOST_FLIPS", 199)
+    for strong, count in ((4, 0), (5, 5)):
+        examples = torch.tensor([[1.0], [-1.0]]).double().repeat(16, 46)
+        examples[:, :strong] += 5
+        found = significant_edges(on_plain(examples))
+        assert (found.flips, found.fewest, len(found.edges)) == (199, 5, count)
+    assert found.summary()["fewest"] == 5
+    assert "at least 5 must stand out" in found.tables()[0].caption
+    # Of six examples two of 64 assignments are as far out: 46 / 32 / 0.05.
+    assert significant_edges(on_plain(noise(0, n=6, edges=46))).fewest == 29
 
 
 def test_what_cannot_be_tested_is_refused() -> None:
     few = on_plain(noise(0, n=5, edges=46))
     with pytest.raises(WorkbenchError, match=r"With 5 examples no p-value is below 0.0625.*at least 6 examples"):
         significant_edges(few)
-    significant_edges(on_plain(noise(0, n=6, edges=46)))
+    with pytest.raises(WorkbenchError, match="With 20000 sign assignments no p-value is below 5e-05.*higher rate"):
+        significant_edges(on_plain(noise(0, edges=46)), rate=1e-5)
     with pytest.raises(WorkbenchError, match="in share of the flow, not in logits"):
         significant_edges(on_plain(noise(0, edges=46), scale="share of the flow"))
     for rate in (0.0, 1.0):
@@ -166,7 +194,7 @@ def test_what_is_shown_of_significant_edges() -> None:
     found = significant_edges(on_plain(examples))
     (table,) = found.tables()
     assert table.frame["edge"].tolist() == found.edges[::-1]
-    assert "2 of 46 live edges" in table.caption
+    assert "2 of 46 edges with an effect" in table.caption
     figure(table)
     summary = json.loads(json.dumps(found.summary(), allow_nan=False))
     assert [row["to"] for row in summary["edges"]] == table.frame["to"].tolist()[::-1]

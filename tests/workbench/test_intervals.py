@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from workbench.intervals import discoveries, paired_bootstrap, ratio_bootstrap, share_of, sign_flip_pvalue
+from workbench.intervals import (
+    discoveries,
+    paired_bootstrap,
+    ratio_bootstrap,
+    share_of,
+    sign_flip_pvalue,
+    t_interval,
+)
 from workbench.runtime import WorkbenchError
 
 values_of = st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=12)
@@ -177,6 +184,29 @@ def test_resamples_without_any_difference_do_not_spoil_the_interval_of_a_ratio()
 def test_no_cells_have_no_intervals() -> None:
     low, high = ratio_bootstrap(torch.zeros(3, 0), torch.ones(3))
     assert low.shape == high.shape == (0,)
+
+
+def test_t_interval_by_hand() -> None:
+    # Of 1, 2, 6 the mean is 3 and the variance 7; t at 97.5 % with 2 degrees of freedom is 4.302653.
+    low, high = t_interval(torch.tensor([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]], dtype=torch.float64))
+    half = 4.302653 * (7 / 3) ** 0.5
+    assert low.tolist() == pytest.approx([3 - half, 5])
+    assert high.tolist() == pytest.approx([3 + half, 5])
+
+
+def test_t_interval_of_few_covers_what_it_promises_and_a_bootstrap_does_not() -> None:
+    for n in (2, 3, 5):
+        drawn = torch.randn(n, 4000, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        low, high = t_interval(drawn)
+        assert float(((low <= 0) & (high >= 0)).double().mean()) == pytest.approx(0.95, abs=0.015)
+    low, high = paired_bootstrap(drawn[:3])
+    assert float(((low <= 0) & (high >= 0)).double().mean()) < 0.8
+
+
+def test_one_unit_has_no_t_interval() -> None:
+    low, high = t_interval(torch.ones(1, 2))
+    assert bool(low.isnan().all())
+    assert bool(high.isnan().all())
 
 
 def test_score_interval_is_scipys() -> None:
