@@ -12,8 +12,8 @@ import pandas as pd
 
 from apps.evidence import Evidence, claims, claims_table
 from apps.shipped_card import shipped_card
-from circuits.faithfulness import Share
 from probes.fourier import LOSS_LABELS, FourierResult
+from workbench.intervals import Estimate
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
 from workbench.training.recipes import Recipe
@@ -343,8 +343,8 @@ def _card(evidence: Evidence) -> Section | None:
     )
 
 
-def _with_interval(share: Share) -> str:
-    return f"{share.value:.3g} [{share.low:.3g}, {share.high:.3g}]"
+def _with_interval(share: Estimate) -> str:
+    return f"{share.mean:.3g} [{share.low:.3g}, {share.high:.3g}]"
 
 
 def _clusters(evidence: Evidence) -> Section | None:

@@ -32,12 +32,11 @@ from circuits.interchange import (
     place_of,
     position_cells,
     share_columns,
-    share_of,
 )
 from circuits.patching import Cell
-from circuits.swaps import Share
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site, select_sites
+from workbench.intervals import Estimate, share_of
 from workbench.runtime import WorkbenchError, generator
 from workbench.store import Provenance
 from workbench.tables import Table
@@ -61,18 +60,18 @@ class Subspace:
     latent: str
     basis: Float[Tensor, "width dimension"]
     """Orthonormal columns."""
-    accuracy: Share
-    """Share of held-out prompts with the counterfactual answer, when only these directions are exchanged."""
+    accuracy: Estimate
+    """Estimate of held-out prompts with the counterfactual answer, when only these directions are exchanged."""
     kept: float
-    """Share that keeps the base's answer."""
-    shuffled: Share
+    """Estimate that keeps the base's answer."""
+    shuffled: Estimate
     """The same for a subspace that was learnt, and is judged, with the latent's values shuffled: the control task."""
     random: float
     """Mean accuracy of random subspaces of this dimension."""
-    whole: Share
+    whole: Estimate
     """Accuracy when the whole activation is exchanged."""
     ceiling: float
-    """Share of held-out pairs of which the model, left alone, answers both prompts rightly."""
+    """Estimate of held-out pairs of which the model, left alone, answers both prompts rightly."""
     losses: tuple[float, ...]
     """Training loss of each step; none if no exchange at this place can change an answer."""
     n: int
@@ -109,7 +108,7 @@ class Subspace:
 
     def tables(self) -> Sequence[Table]:
         """Accuracy beside its controls, and the losses of the search."""
-        random = Share(mean=self.random, low=self.random, high=self.random)
+        random = Estimate(mean=self.random, low=self.random, high=self.random)
         shares = (self.accuracy, self.shuffled, random, self.whole)
         bars = [
             {"exchanged": name, **share_columns("accuracy", share)}
@@ -421,8 +420,8 @@ def _stream(search: _Search, rng: torch.Generator, shuffle: Int[Tensor, " value"
 
 def _judge(
     search: _Search, cell: Cell, basis: Float[Tensor, "width dimension"], pairs: Exchange | None = None
-) -> tuple[Share, float]:
-    """Share of counterfactual answers, and of the base's, over held-out pairs."""
+) -> tuple[Estimate, float]:
+    """Estimate of counterfactual answers, and of the base's, over held-out pairs."""
     right, kept = [], []
     with torch.no_grad():
         for part in (pairs or search.judged).parts(ROWS):

@@ -25,7 +25,7 @@ from circuits.memoised import circuit_values
 from circuits.minimality import Minimality, minimality
 from circuits.own_files import to_json
 from workbench.instrument.sites import Instrumented
-from workbench.intervals import paired_bootstrap, ratio_bootstrap
+from workbench.intervals import Estimate, paired_bootstrap, ratio_bootstrap
 from workbench.metrics import Metric
 from workbench.runtime import WorkbenchError, generator
 from workbench.store import Provenance
@@ -41,15 +41,6 @@ GREEDY_STEPS = 8
 OnProgress = Callable[[float], None]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """A share of the headroom with its 95 % paired bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Evaluation:
     """What a circuit withstood."""
@@ -61,11 +52,11 @@ class Evaluation:
     """Mean metric of the whole model."""
     empty: float
     """Mean metric with every edge ablated."""
-    faithfulness: Share
+    faithfulness: Estimate
     """Share of the headroom with all other edges ablated: the circuit is sufficient where this is 1."""
-    necessity: Share
+    necessity: Estimate
     """Share of the headroom that is lost with the circuit ablated and all other edges kept."""
-    accuracy: Share
+    accuracy: Estimate
     """Share of answers that the circuit gets right, over the whole vocabulary."""
     model_accuracy: float
     completeness: float
@@ -90,8 +81,8 @@ class Evaluation:
         random_95 = "none" if self.random_95 is None else f"{self.random_95:.3f}"
         return (
             f"{self.circuit.size} of {len(self.circuit.graph.edges)} edges ({self.live_edges} live): faithfulness "
-            f"{self.faithfulness.value:.3f} [{self.faithfulness.low:.3f}, {self.faithfulness.high:.3f}], random 95 % "
-            f"{random_95}, accuracy {self.accuracy.value:.3f}, completeness {self.completeness:.3f} "
+            f"{self.faithfulness.mean:.3f} [{self.faithfulness.low:.3f}, {self.faithfulness.high:.3f}], random 95 % "
+            f"{random_95}, accuracy {self.accuracy.mean:.3f}, completeness {self.completeness:.3f} "
             f"({self.circuit.terms.metric}, {self.circuit.terms.ablation} ablation, n = {self.n})"
         )
 
@@ -101,13 +92,13 @@ class Evaluation:
         return {
             **self.circuit.summary(),
             "live_edges": self.live_edges,
-            "faithfulness": self.faithfulness.value,
+            "faithfulness": self.faithfulness.mean,
             "faithfulness_interval": [self.faithfulness.low, self.faithfulness.high],
             "random_95": self.random_95,
             "controls": len(self.controls),
-            "necessity": self.necessity.value,
+            "necessity": self.necessity.mean,
             "necessity_interval": [self.necessity.low, self.necessity.high],
-            "accuracy": self.accuracy.value,
+            "accuracy": self.accuracy.mean,
             "accuracy_interval": [self.accuracy.low, self.accuracy.high],
             "model_accuracy": self.model_accuracy,
             "completeness": self.completeness,
@@ -134,7 +125,7 @@ class Evaluation:
         ]
         frame = pd.DataFrame(
             [
-                {"measure": name, "value": share.value, "low": share.low, "high": share.high, "random_95": control}
+                {"measure": name, "value": share.mean, "low": share.low, "high": share.high, "random_95": control}
                 for name, share, control in rows
             ]
         )
@@ -223,7 +214,7 @@ def judge(
         empty=float(plan.empty.mean()),
         faithfulness=_share(plan, values[0] - plan.empty, seed),
         necessity=_share(plan, plan.full - values[1], seed),
-        accuracy=Share(value=float(right.mean()), low=float(low), high=float(high)),
+        accuracy=Estimate(mean=float(right.mean()), low=float(low), high=float(high)),
         model_accuracy=float(accuracies.full.mean()),
         completeness=gap,
         worst_subset=worst,
@@ -288,6 +279,6 @@ def _gaps(plan: Experiment, keep: Bool[Tensor, " edge"], parts: Bool[Tensor, "pa
     return (of_circuit - of_model).abs()
 
 
-def _share(plan: Experiment, numerator: Float[Tensor, " batch"], seed: int) -> Share:
+def _share(plan: Experiment, numerator: Float[Tensor, " batch"], seed: int) -> Estimate:
     low, high = ratio_bootstrap(numerator, plan.full - plan.empty, seed=seed)
-    return Share(value=float(numerator.mean()) / plan.headroom, low=float(low), high=float(high))
+    return Estimate(mean=float(numerator.mean()) / plan.headroom, low=float(low), high=float(high))

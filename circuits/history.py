@@ -23,12 +23,12 @@ from circuits.components import edge_readable
 from circuits.controls import random_circuits
 from circuits.discovery import find
 from circuits.experiment import Experiment, experiment
-from circuits.faithfulness import Share, faithfulness_of
+from circuits.faithfulness import faithfulness_of
 from circuits.graph import CircuitGraph, circuit_graph
 from circuits.memoised import circuit_values
 from circuits.moments import CircuitHistory, Moment
 from workbench.instrument.sites import Instrumented
-from workbench.intervals import paired_bootstrap, ratio_bootstrap
+from workbench.intervals import Estimate, paired_bootstrap, ratio_bootstrap
 from workbench.metrics import Metric
 from workbench.metrics import metric as find_metric
 from workbench.models.known import Ablation
@@ -180,8 +180,8 @@ class _Asked:
         return float(faithfulness_of(plan, circuit_values(plan, random)).quantile(0.95))
 
 
-def _share(value: float, ends: tuple[Tensor, Tensor]) -> Share:
-    return Share(value=value, low=float(ends[0]), high=float(ends[1]))
+def _share(value: float, ends: tuple[Tensor, Tensor]) -> Estimate:
+    return Estimate(mean=value, low=float(ends[0]), high=float(ends[1]))
 
 
 def _steps(models: Models) -> list[int]:

@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.patching import Cell
-from circuits.swaps import Share
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site, select_sites
 from workbench.instrument.trace import FromTrace
+from workbench.intervals import Estimate, share_of
 from workbench.runtime import WorkbenchError, generator
 from workbench.store import Provenance
 from workbench.tables import Table
@@ -31,7 +31,6 @@ from workbench.tasks.base import Batch, Task, check_choice
 SITES = "resid_pre,resid_mid,resid_post"
 ROWS = 512
 """Prompts of one evaluating pass: bounds what is held of a model with a large vocabulary."""
-NORMAL_95 = 1.959964
 UNIT = "interchange accuracy"
 
 
@@ -82,14 +81,15 @@ class InterchangeMap:
 
     cells: tuple[Cell, ...]
     latent: str
-    accuracy: tuple[Share, ...]
+    accuracy: tuple[Estimate, ...]
     """Share of prompts with the counterfactual answer, of each cell: interchange-intervention accuracy."""
     kept: tuple[float, ...]
     """Share that keeps the base's answer."""
     source: tuple[float, ...]
     """Share that gives the source's answer: that of the counterfactual where the latent decides the answer alone."""
     chance: tuple[float, ...]
-    """Share with the counterfactual answer of another pair's source: the control."""
+    """Share with the counterfactual answer of another pair's source, where it is neither the base's nor the pair's own:
+    the control."""
     decided: bool
     n: int
     dropped: int
@@ -161,6 +161,8 @@ def interchange(
     alone = answered_alone(model, pairs)
     found = [_answers(model, part, cells) for part in pairs.parts(ROWS)]
     outcomes = {name: torch.cat([part[name] for part in found], 1) for name in found[0]}
+    telling = ~_same(pairs.others, pairs.base.targets, pairs.base) & ~_same(pairs.others, pairs.targets, pairs.base)
+    outcomes["others"] = outcomes["others"][:, telling]
     shares = {name: tuple(right.double().mean(1).tolist()) for name, right in outcomes.items()}
     return InterchangeMap(
         cells=cells,
@@ -198,16 +200,6 @@ def draw_exchange(task: Task, *, latent: str, n: int, split: str, seed: int | to
         )
     # Only what was looked at for these n counts as dropped.
     return replace(pairs.select(slice(0, n)), dropped=int(drawn[n - 1]) + 1 - n)
-
-
-def share_of(right: Bool[Tensor, " batch"]) -> Share:
-    """The share that is true, with its 95 % score interval, which stays honest at 0 and 1 (Wilson 1927)."""
-    n, mean = len(right), float(right.double().mean())
-    square = NORMAL_95**2
-    middle = (mean + square / (2 * n)) / (1 + square / n)
-    half = NORMAL_95 / (1 + square / n) * (mean * (1 - mean) / n + square / (4 * n * n)) ** 0.5
-    # Rounding may put an end a hair beyond the mean at 0 and 1.
-    return Share(mean=mean, low=min(mean, max(0.0, middle - half)), high=max(mean, min(1.0, middle + half)))
 
 
 def latent_examples(task: Task, latent: str, split: str) -> Batch:
@@ -312,6 +304,6 @@ def place_of(cell: Cell, labels: Sequence[str]) -> dict[str, object]:
     return {"site": str(cell.site), "position": position, "at": f"{position}: {labels[position]}"}
 
 
-def share_columns(name: str, share: Share) -> dict[str, float]:
+def share_columns(name: str, share: Estimate) -> dict[str, float]:
     """A share and its interval, as columns."""
     return {name: share.mean, "low": share.low, "high": share.high}

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from circuits.circuit import Circuit, Terms
 from circuits.difference import CircuitDifference, difference
-from circuits.faithfulness import Share
 from circuits.graph import CircuitGraph
+from workbench.intervals import Estimate
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 from workbench.tables import Table
@@ -38,9 +38,9 @@ class Moment:
     headroom_interval: tuple[float, float] | None = None
     """95 % paired bootstrap interval. Where it holds 0, there is no circuit."""
     model_accuracy: float | None = None
-    accuracy: Share | None = None
+    accuracy: Estimate | None = None
     """Share of answers that the circuit gets right, over the whole vocabulary."""
-    faithfulness: Share | None = None
+    faithfulness: Estimate | None = None
     """Share of the headroom with all other edges ablated."""
     random_95: float | None = None
     """95th percentile of the faithfulness of random connected circuits of the same size; None where none were drawn."""
@@ -298,7 +298,7 @@ class CircuitHistory:
         )
 
 
-def _ends(name: str, share: Share | None) -> dict[str, float | None]:
+def _ends(name: str, share: Estimate | None) -> dict[str, float | None]:
     """A share and its interval as columns."""
-    values = (None,) * 3 if share is None else (share.value, share.low, share.high)
+    values = (None,) * 3 if share is None else (share.mean, share.low, share.high)
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))

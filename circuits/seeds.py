@@ -117,9 +117,9 @@ def _numbers(evaluation: Evaluation) -> list[float]:
     random_95 = evaluation.random_95
     return [
         float(evaluation.circuit.size),
-        evaluation.faithfulness.value,
+        evaluation.faithfulness.mean,
         float("nan") if random_95 is None else random_95,
-        evaluation.necessity.value,
-        evaluation.accuracy.value,
+        evaluation.necessity.mean,
+        evaluation.accuracy.mean,
         evaluation.completeness,
     ]

@@ -21,7 +21,7 @@ from workbench.instrument.answers import Answers, top_answers
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented
 from workbench.instrument.trace import FromTrace, Patch, Source, Trace, Zero
-from workbench.intervals import paired_bootstrap, ratio_bootstrap
+from workbench.intervals import Estimate, paired_bootstrap, ratio_bootstrap
 from workbench.metrics import metric as find_metric
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
@@ -29,15 +29,6 @@ from workbench.tables import Table
 from workbench.tasks.base import Batch
 
 Base = Literal["clean", "corrupt"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """A mean with its bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -53,9 +44,9 @@ class Swap:
     unit: str
     metric_before: float
     metric_after: float
-    change: Share
+    change: Estimate
     """After minus before, in the metric's unit."""
-    share: Share | None
+    share: Estimate | None
     """The change as a share of the way from the changed run to the other of the pair; None if they do not differ."""
     n: int
     provenance: Provenance
@@ -143,7 +134,7 @@ def swap(
         unit=measure.unit,
         metric_before=float(before.mean()),
         metric_after=float(after.mean()),
-        change=Share(mean=float((after - before).mean()), low=float(low), high=float(high)),
+        change=Estimate(mean=float((after - before).mean()), low=float(low), high=float(high)),
         share=_share(after - before, opposite - before),
         n=len(batch),
         provenance=unpatched.provenance,
@@ -162,8 +153,8 @@ def _source(model: Instrumented, batch: Batch, cell: Cell, source: str | Tensor,
     return FromTrace(run(model, source, record=[cell.site]), rows)
 
 
-def _share(change: Float[Tensor, " batch"], way: Float[Tensor, " batch"]) -> Share | None:
+def _share(change: Float[Tensor, " batch"], way: Float[Tensor, " batch"]) -> Estimate | None:
     if abs(float(way.mean())) < HEADROOM:
         return None
     low, high = ratio_bootstrap(change, way)
-    return Share(mean=float(change.mean() / way.mean()), low=float(low), high=float(high))
+    return Estimate(mean=float(change.mean() / way.mean()), low=float(low), high=float(high))

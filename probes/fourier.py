@@ -50,20 +50,11 @@ from probes.spectra import (
     spectrum,
 )
 from workbench.instrument.sites import Instrumented
-from workbench.intervals import paired_bootstrap
+from workbench.intervals import Estimate, paired_bootstrap
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 from workbench.tables import Table
 from workbench.tasks.modular import Modular
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """A mean over examples with its bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -6,6 +6,8 @@ keeps the pairs together.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -14,6 +16,32 @@ from workbench.runtime import WorkbenchError, generator
 
 RESAMPLES = 1000
 LEVEL = 0.95
+NORMAL_95 = 1.959964
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def share_of(true: Bool[Tensor, " example"]) -> Estimate:
+    """The share that is true, with its 95 % score interval, which stays honest at 0 and 1 (Wilson 1927).
+
+    Raises:
+        WorkbenchError: there is no example.
+    """
+    if not len(true):
+        raise WorkbenchError("A share needs at least one example; got none.")
+    n, mean = len(true), float(true.double().mean())
+    square = NORMAL_95**2
+    middle = (mean + square / (2 * n)) / (1 + square / n)
+    half = NORMAL_95 / (1 + square / n) * (mean * (1 - mean) / n + square / (4 * n * n)) ** 0.5
+    # Rounding may put an end a hair beyond the mean at 0 and 1.
+    return Estimate(mean=mean, low=min(mean, max(0.0, middle - half)), high=max(mean, min(1.0, middle + half)))
 
 
 def paired_bootstrap(

@@ -174,7 +174,7 @@ def test_methods_agree_on_the_model_that_copies() -> None:
     assert set(found.shared) == {"embed->a0.h1<v>", "a0.h1->logits"}
     assert float(found.jaccard.min()) == 1
     assert float(found.chance[0, 1]) < 0.3
-    assert judge(plan, found.circuit(), controls=0).faithfulness.value == pytest.approx(1, abs=1e-4)
+    assert judge(plan, found.circuit(), controls=0).faithfulness.mean == pytest.approx(1, abs=1e-4)
 
 
 def test_what_is_shown() -> None:

@@ -89,7 +89,7 @@ def test_a_circuit_without_what_a_head_writes_is_the_model_with_the_head_patched
         logits = run(plan.model, plan.batch.tokens, patches=[patch]).logits[plan.batch.read]
         lost = plan.measure(logits)
         wanted = (lost.mean() - plan.empty.mean()) / (plan.full.mean() - plan.empty.mean())
-        assert found.faithfulness.value == pytest.approx(float(wanted), abs=1e-10)
+        assert found.faithfulness.mean == pytest.approx(float(wanted), abs=1e-10)
 
 
 @given(
@@ -115,16 +115,16 @@ def test_every_number_against_the_loop() -> None:
     values = one_by_one(plan, torch.stack([circuit.keep, ~circuit.keep]))
     headroom = float(plan.full.mean() - plan.empty.mean())
     assert headroom == pytest.approx(plan.headroom)
-    assert found.faithfulness.value == pytest.approx(float((values[0] - plan.empty).mean()) / headroom)
-    assert found.necessity.value == pytest.approx(float((plan.full - values[1]).mean()) / headroom)
+    assert found.faithfulness.mean == pytest.approx(float((values[0] - plan.empty).mean()) / headroom)
+    assert found.necessity.mean == pytest.approx(float((plan.full - values[1]).mean()) / headroom)
     assert found.whole == pytest.approx(float(plan.full.mean()))
     assert found.empty == pytest.approx(float(plan.empty.mean()))
     accuracy = plan.measured_by("accuracy")
     right = one_by_one(accuracy, circuit.keep[None])[0]
-    assert found.accuracy.value == pytest.approx(float(right.mean()))
+    assert found.accuracy.mean == pytest.approx(float(right.mean()))
     assert found.model_accuracy == pytest.approx(float(accuracy.full.mean()))
     for share in (found.faithfulness, found.necessity, found.accuracy):
-        assert share.low - 1e-9 <= share.value <= share.high + 1e-9
+        assert share.low - 1e-9 <= share.mean <= share.high + 1e-9
     assert len(found.controls) == 7
     assert found.random_95 == pytest.approx(float(found.controls.quantile(0.95)))
     assert found.live_edges == int(plan.live.sum())
@@ -137,9 +137,9 @@ def test_every_number_against_the_loop() -> None:
 def test_the_whole_model_is_faithful_complete_and_right() -> None:
     plan, _ = gate("and_gate")
     found = judge(plan, kept(plan, torch.ones(len(plan.graph.edges), dtype=torch.bool)), controls=2)
-    assert found.faithfulness.value == pytest.approx(1)
-    assert found.necessity.value == pytest.approx(1)
-    assert found.accuracy.value == found.model_accuracy == 1
+    assert found.faithfulness.mean == pytest.approx(1)
+    assert found.necessity.mean == pytest.approx(1)
+    assert found.accuracy.mean == found.model_accuracy == 1
     assert found.completeness == pytest.approx(0, abs=1e-6)
 
 
@@ -148,7 +148,7 @@ def test_a_missing_backup_is_found() -> None:
     plan, whole = gate("or_gate")
     branch = plan.graph.mask(["embed->a0.h0<v>", "a0.h0->m0", "m0->logits"])
     found = judge(plan, kept(plan, branch), controls=0)
-    assert found.faithfulness.value == pytest.approx(1, abs=1e-4)
+    assert found.faithfulness.mean == pytest.approx(1, abs=1e-4)
     assert found.completeness == pytest.approx(1, abs=1e-4)
     assert found.worst_subset
     assert {"embed->a0.h0<v>", "a0.h0->m0"} & set(found.worst_subset)
@@ -156,7 +156,7 @@ def test_a_missing_backup_is_found() -> None:
     without = plan.graph.mask(found.worst_subset)
     apart = circuit_values(plan, torch.stack([branch & ~without, ~without])).mean(1)
     assert float((apart[0] - apart[1]).abs()) / plan.headroom == pytest.approx(found.completeness, abs=1e-5)
-    assert found.necessity.value == pytest.approx(1, abs=1e-4)
+    assert found.necessity.mean == pytest.approx(1, abs=1e-4)
     assert completeness(plan, whole)[0] == pytest.approx(0, abs=1e-3)
 
 
@@ -206,7 +206,7 @@ def test_an_empty_circuit_is_judged_like_any_other() -> None:
     circuit = find(plan, "exact", edges=1)
     assert circuit.size == 0
     found = judge(plan, circuit)
-    assert found.faithfulness.value == pytest.approx(0, abs=1e-9)
+    assert found.faithfulness.mean == pytest.approx(0, abs=1e-9)
     assert (found.completeness, found.worst_subset) == (0.0, ())
     assert found.random_95 is None
     assert found.minimality.edges == ()

@@ -166,7 +166,7 @@ def test_a_loss_is_restored_downwards() -> None:
     assert copies.headroom is not None
     assert copies.headroom < 0
     assert copies.faithfulness is not None
-    assert copies.faithfulness.value == pytest.approx(1, abs=1e-3)
+    assert copies.faithfulness.mean == pytest.approx(1, abs=1e-3)
     assert copies.circuit.edges == FOUND.at(10).circuit.edges
 
 

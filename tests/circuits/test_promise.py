@@ -16,6 +16,6 @@ def test_ten_lines_from_a_run_to_its_circuit() -> None:
     verdict = evaluate(model, circuit, batch)
     assert "12 of 23 edges (17 live): faithfulness 0.9" in str(verdict)
     assert verdict.random_95 is not None
-    assert verdict.faithfulness.value > verdict.random_95
+    assert verdict.faithfulness.mean > verdict.random_95
     assert lens.n == patches.n == verdict.n == 64
     assert patches.figure() is not None

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from circuits.discovery import extract
-from circuits.faithfulness import Evaluation, Share, evaluate
+from circuits.faithfulness import Evaluation, evaluate
 from circuits.seeds import over_seeds
 from tests.circuits.test_memoised import planned
+from workbench.intervals import Estimate
 from workbench.models.planted import PLANTED
 from workbench.runtime import WorkbenchError
 
@@ -22,8 +23,8 @@ def judged() -> Evaluation:
 
 
 def test_the_mean_over_runs_with_its_interval() -> None:
-    one = replace(judged(), faithfulness=Share(value=0.8, low=0.7, high=0.9))
-    runs = [replace(one, faithfulness=Share(value=value, low=0.0, high=1.0)) for value in (0.8, 0.9, 1.0)]
+    one = replace(judged(), faithfulness=Estimate(mean=0.8, low=0.7, high=0.9))
+    runs = [replace(one, faithfulness=Estimate(mean=value, low=0.0, high=1.0)) for value in (0.8, 0.9, 1.0)]
     found = over_seeds(runs, ["a", "b", "c"])
     frame = found.frame.set_index(["run", "measure"])
     assert frame.loc[("mean", "faithfulness"), "value"] == pytest.approx(0.9)

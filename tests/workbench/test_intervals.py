@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
-from workbench.intervals import discoveries, paired_bootstrap, ratio_bootstrap, sign_flip_pvalue
+from workbench.intervals import discoveries, paired_bootstrap, ratio_bootstrap, share_of, sign_flip_pvalue
 from workbench.runtime import WorkbenchError
 
 values_of = st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=12)
@@ -176,3 +177,15 @@ def test_resamples_without_any_difference_do_not_spoil_the_interval_of_a_ratio()
 def test_no_cells_have_no_intervals() -> None:
     low, high = ratio_bootstrap(torch.zeros(3, 0), torch.ones(3))
     assert low.shape == high.shape == (0,)
+
+
+def test_score_interval_is_scipys() -> None:
+    for right, n in ((0, 5), (5, 5), (3, 11), (499, 512)):
+        found = share_of(torch.arange(n) < right)
+        theirs = binomtest(right, n).proportion_ci(method="wilson")
+        assert (found.mean, found.low, found.high) == pytest.approx((right / n, theirs.low, theirs.high))
+
+
+def test_a_share_of_nothing_is_refused() -> None:
+    with pytest.raises(WorkbenchError, match="at least one example; got none"):
+        share_of(torch.zeros(0, dtype=torch.bool))
