@@ -21,7 +21,7 @@ from torch import Tensor
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site, select_sites
 from workbench.instrument.trace import FromTrace, Patch, Trace
-from workbench.intervals import Share, share_of
+from workbench.intervals import Estimate, share_of
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 from workbench.tables import Table
@@ -52,11 +52,11 @@ class Cause:
 
     site: Site
     name: str
-    strength: Share
+    strength: Estimate
     """Share of all answers that are not right after the patch: the paper's measure."""
-    altered: Share | None
+    altered: Estimate | None
     """Share of the answers right before that are not right after; None where none was right before."""
-    redirected: Share | None
+    redirected: Estimate | None
     """Share that gives the changed prompt's answer, where both prompts are answered rightly; None without such."""
     lead_lost: float | None
     """Mean fall of the answer's logit lead over the changed prompt's answer, over the same prompts."""
@@ -213,7 +213,7 @@ def _lead(logits: Float[Tensor, "batch vocab"], answer: Tensor, other: Tensor) -
 def _row(cause: Cause) -> dict[str, object]:
     row: dict[str, object] = {"site": str(cause.site), "layer": cause.site.layer, "cause": cause.name}
     for name in SHARES:
-        share: Share | None = getattr(cause, name)
+        share: Estimate | None = getattr(cause, name)
         row |= {name: share and share.mean, f"{name}_low": share and share.low, f"{name}_high": share and share.high}
     fields = ("lead_lost", "n", "skipped", "n_right", "n_both")
     return row | {field: getattr(cause, field) for field in fields}

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site, select_sites
 from workbench.instrument.trace import FromTrace, Patch
-from workbench.intervals import Share, share_of
+from workbench.intervals import Estimate, share_of
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 from workbench.tables import Table
@@ -35,11 +33,11 @@ class Redirected:
 
     site: Site
     position: int
-    redirected: Share
+    redirected: Estimate
     """Share that gives the other prompt's answer."""
-    changed: Share
+    changed: Estimate
     """Share whose answer is not the one before."""
-    right: Share
+    right: Estimate
     """Share that is answered rightly."""
 
 
@@ -57,7 +55,7 @@ class Redirection:
     """Pairs left out because the model, left alone, answers one of the two wrongly; 0 if that was not asked for."""
     skipped_missing: int
     """Prompts without such a counterpart."""
-    right_before: Share
+    right_before: Estimate
     """Share answered rightly before the swap."""
     provenance: Provenance
 
@@ -174,5 +172,5 @@ def redirection(
     )
 
 
-def _columns(name: str, share: Share) -> dict[str, float]:
+def _columns(name: str, share: Estimate) -> dict[str, float]:
     return {name: share.mean, f"{name}_low": share.low, f"{name}_high": share.high}

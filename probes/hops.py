@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented
-from workbench.intervals import Share, share_of
+from workbench.intervals import Estimate, share_of
 from workbench.tables import Table
 from workbench.tasks.base import Batch
 from workbench.tasks.composition import Composition
@@ -47,7 +47,7 @@ class Marginal:
     """How well one answers from some of the tokens alone."""
 
     positions: tuple[int, ...]
-    accuracy: Share
+    accuracy: Estimate
     loss: float
     """Mean cross-entropy in nats."""
     n: int
