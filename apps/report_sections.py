@@ -118,14 +118,18 @@ def _training(run: Run) -> Section | None:
         batch = (
             "the whole training split at every step" if train.batch_size is None else f"batches of {train.batch_size}"
         )
+        decayed = "" if train.decay == "all" else " of matrices alone"
+        dropped = f", dropout {train.dropout:g}" if train.dropout else ""
         how = (
-            f"AdamW with learning rate {train.learning_rate:g}, decoupled weight decay {train.weight_decay:g} and "
-            f"betas {train.betas[0]:g} and {train.betas[1]:g}, on {batch}; log-softmax in {train.loss_dtype}. "
+            f"AdamW with learning rate {train.learning_rate:g}, decoupled weight decay {train.weight_decay:g}{decayed} "
+            f"and betas {train.betas[0]:g} and {train.betas[1]:g}{dropped}, on {batch}; log-softmax in "
+            f"{train.loss_dtype}. "
         )
     return Section(
         title="Training",
-        text=f"{how}{len(run.log.rows)} evaluations. A landmark is the first evaluation from which the accuracy of its "
-        f"split stays at {run.log.solved_accuracy:g} or above for ten evaluations.",
+        text=f"{how}{len(run.log.rows)} evaluations. A landmark is the first evaluation from which an accuracy stays "
+        f"for ten evaluations at {run.log.memorised_accuracy:g} or above on the training split (memorised), at "
+        f"{run.log.solved_accuracy:g} or above on the test split (generalised).",
         tables=tuple(run.log.tables()),
         landmarks=run.log.landmarks(),
         references=("power2022grokking",),

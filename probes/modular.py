@@ -158,7 +158,7 @@ def _observe(
     model: Instrumented, batch: Batch
 ) -> tuple[Float[Tensor, "cell vocab"], Float[Tensor, "cell d_mlp"] | None]:
     if isinstance(model, Transformer):
-        plan = ReadPlan.of(batch.tokens, batch.read)
+        plan = ReadPlan.of(model.config, batch.tokens, batch.read)
         return read_neurons(model, plan) if model.config.d_mlp else (read_logits(model, plan), None)
     last = [site for site in model.sites if site.kind.name == "post"][-1:]
     trace = run(model, batch.tokens, record=last)

@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.instrument.passes import run
 from workbench.models import fast
 from workbench.models.config import BIASES, ModelConfig
-from workbench.models.fast import ReadPlan, read_logits, read_neurons
+from workbench.models.fast import ReadPlan, Rows, read_logits, read_neurons
 from workbench.models.transformer import Transformer
 
 SMALL = ModelConfig(n_layers=1, d_model=6, n_heads=2, d_head=3, d_mlp=5, n_ctx=4, d_vocab=5, d_vocab_out=4)
@@ -50,7 +50,7 @@ def gradients(model: Transformer, logits: Tensor) -> dict[str, Tensor]:
 
 
 def check(model: Transformer, tokens: Tensor, read: Tensor) -> None:
-    quick = read_logits(model, ReadPlan.of(tokens, read))
+    quick = read_logits(model, ReadPlan.of(model.config, tokens, read))
     slow = model(tokens)[read]
     assert relative(quick, slow) < TOLERANCE
     found, wanted = gradients(model, quick), gradients(model, slow)
@@ -128,40 +128,91 @@ def test_shared_blocks(schedule: tuple[int, ...]) -> None:
 def test_neurons_are_those_of_the_site(steps: int, normalization: str | None) -> None:
     tokens = prompts(0)
     model, read = build(replace(SMALL, n_layers=steps, normalization=normalization)), READS["several"](tokens)
-    logits, neurons = read_neurons(model, ReadPlan.of(tokens, read))
+    logits, neurons = read_neurons(model, ReadPlan.of(model.config, tokens, read))
     trace = run(model, tokens, record=[f"L{steps - 1}.post"])
     assert relative(logits, trace.logits[read]) < TOLERANCE
     assert relative(neurons, trace[f"L{steps - 1}.post"][read]) < TOLERANCE
 
 
+def test_prompts_that_end_alike_share_their_query() -> None:
+    # As in modular arithmetic: many prompts, one token at the end, fewer distinct rows than places.
+    tokens = prompts(0, batch=40, length=3)
+    tokens[:, -1] = 0
+    check(build(replace(SMALL, biases=BIASES)), tokens, READS["last"](tokens))
+
+
+FACTS = torch.tensor([[1, 2, 0], [1, 2, 4], [1, 2, 3], [1, 3, 0], [3, 2, 4], [1, 2, 0]])
+"""Two-hop prompts `head relation relation`, and atomic ones that are padded and read a position earlier."""
+
+
+@pytest.mark.parametrize("schedule", [None, (0, 1, 0, 1), (0, 1, 1, 0, 1)])
+@pytest.mark.parametrize("read_all", [False, True])
+def test_a_gpt2_like_reasoner_of_facts_of_unequal_length(schedule: tuple[int, ...] | None, read_all: bool) -> None:
+    config = replace(
+        SMALL, n_layers=2, d_vocab_out=5, normalization="LN", activation="gelu_new", tied=True, biases=BIASES,
+        pad_token=0, schedule=schedule,
+    )  # fmt: skip
+    last = (FACTS != 0).sum(1, keepdim=True) - 1
+    read = torch.arange(3) == last
+    check(build(config), FACTS, read | read_all)
+
+
+def places(rows: Rows) -> list[tuple[int, int]]:
+    return list(zip(rows.example.tolist(), rows.position.tolist(), strict=True))
+
+
 def test_a_plan_knows_what_is_distinct_and_what_is_read() -> None:
-    tokens = torch.tensor([[1, 2, 1], [1, 2, 3]])
-    plan = ReadPlan.of(tokens, torch.tensor([[False, False, True], [False, True, True]]))
+    tokens, read = torch.tensor([[1, 2, 1], [1, 2, 3]]), torch.tensor([[False, False, True], [False, True, True]])
+    plan = ReadPlan.of(SMALL, tokens, read)
     # (1, at 0), (1, at 2), (2, at 1), (3, at 2): four of six.
-    assert list(zip(plan.distinct_token.tolist(), plan.distinct_position.tolist(), strict=True)) == [
-        (1, 0),
-        (1, 2),
-        (2, 1),
-        (3, 2),
-    ]
-    assert plan.index.tolist() == [[0, 2, 1], [0, 2, 3]]
+    assert places(plan.at_first) == [(0, 0), (0, 2), (0, 1), (1, 2)]
+    assert plan.at_first.index.tolist() == [[0, 2, 1], [0, 2, 3]]
     assert plan.example.tolist() == [0, 1, 1]
     assert plan.position.tolist() == [2, 1, 2]
-    assert not plan.one_read_each
-    assert ReadPlan.of(tokens, tokens == torch.tensor([[2], [3]])).one_read_each
-    # As many reads as prompts, but two of the same prompt.
-    assert not ReadPlan.of(tokens, torch.tensor([[True, True, False], [False] * 3])).one_read_each
+
+
+def test_prompts_share_the_rows_of_what_they_begin_with() -> None:
+    plan = ReadPlan.of(replace(SMALL, pad_token=0), FACTS, torch.arange(3) == (FACTS != 0).sum(1, keepdim=True) - 1)
+    # 1, 3; then 1 2, 1 3, 3 2; then 1 2 3, 1 2 4, 3 2 4. Padding is not among them.
+    assert sorted(FACTS[e, : p + 1].tolist() for e, p in places(plan.later)) == [
+        [1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 3], [3], [3, 2], [3, 2, 4],
+    ]  # fmt: skip
+    assert plan.later.index[1, 1] == plan.later.index[0, 1]
+    # The token 2 at position 1 is one row before the first step, whatever stands before it.
+    assert plan.at_first.index[4, 1] == plan.at_first.index[0, 1]
+    assert plan.later.index[4, 1] != plan.later.index[0, 1]
+
+
+def test_a_model_that_looks_both_ways_shares_only_whole_prompts() -> None:
+    config = replace(SMALL, causal=False, pad_token=0)
+    plan = ReadPlan.of(config, FACTS, torch.arange(3) == (FACTS != 0).sum(1, keepdim=True) - 1)
+    # Five prompts are distinct; two of them are padded.
+    assert len(places(plan.later)) == 3 * 3 + 2 * 2
+    assert torch.equal(plan.later.index[0], plan.later.index[5])
+
+
+@pytest.mark.parametrize(("causal", "rows"), [(True, 2), (False, 4)])
+def test_what_no_read_depends_on_is_left_out(causal: bool, rows: int) -> None:
+    tokens = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
+    read = torch.tensor([[False, True, False, False], [False] * 4])
+    plan = ReadPlan.of(replace(SMALL, causal=causal), tokens, read)
+    assert sorted(places(plan.later)) == sorted(places(plan.at_first)) == [(0, position) for position in range(rows)]
 
 
 def test_the_check_sees_a_fast_path_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Mutants: attention that forgets its mask, and a value that is right with a gradient that is lost.
+    # Mutants: attention that forgets its mask, a plan that takes every prompt with this token here for the same, and a
+    # value that is right with a gradient that is lost.
     tokens = prompts(0)
     model, read = build(replace(SMALL, n_layers=2)), READS["several"](tokens)
     check(model, tokens, read)
     attend, add = fast._attend, fast._add_mlp
     everywhere = torch.ones(1, 4, 4, dtype=torch.bool)
     with monkeypatch.context() as patch:
-        patch.setattr(fast, "_attend", lambda weights, x, index, allowed: attend(weights, x, index, everywhere))
+        patch.setattr(fast, "_attend", lambda *given: attend(*given[:-1], everywhere))
+        with pytest.raises(AssertionError):
+            check(model, tokens, read)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, "_seen", lambda config, tokens: tokens)
         with pytest.raises(AssertionError):
             check(model, tokens, read)
     monkeypatch.setattr(fast, "_add_mlp", lambda weights, x: x + (add(weights, x) - x).detach())

@@ -254,6 +254,54 @@ def test_weights_come_from_the_generator_alone() -> None:
     assert not big.weights[0].mlp.b_in.any()
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_matrices_are_what_is_called_w(option: str) -> None:
+    model = build(replace(SMALL, **OPTIONS[option]))
+    wanted = [parameter for name, parameter in model.named_parameters() if name.rsplit(".", 1)[-1].startswith("W_")]
+    assert list(map(id, model.matrices)) == list(map(id, wanted))
+
+
+def test_gpt2s_weights_are_small_and_what_writes_smaller() -> None:
+    config = replace(SMALL, n_layers=2, d_model=64, n_heads=4, d_head=16, d_mlp=256, biases=BIASES, init="gpt2")
+    model = Transformer(config, generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        std = 0.01 if last in ("W_O", "W_out") else 0.02
+        # The embedding of 7 tokens has few entries to estimate a spread from.
+        found = float(parameter.detach().std())
+        assert (found == pytest.approx(std, rel=0.15)) == last.startswith("W_"), name
+    # Plain and scaled weights come from the same draws.
+    plain = Transformer(replace(config, init="fan_in"), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.weights[1].mlp.W_out, plain.weights[1].mlp.W_out * 0.02 * 8 / 2)
+
+
+def test_a_model_goes_round_once_more_with_the_same_weights() -> None:
+    model = build(replace(SMALL, **OPTIONS["everything"]))
+    state, before = torch.get_rng_state(), model(prompts())
+    longer = model.with_schedule((1, 0, 1, 1, 0))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert longer.config == replace(model.config, schedule=(1, 0, 1, 1, 0))
+    assert longer.provenance == model.provenance
+    # By hand: the run so far, then the block once more, through places of its own.
+    x = run(model, prompts(), record=["L3.resid_post"])["L3.resid_post"]
+    by_hand = model.finish(longer.advance(4, x, prompts(), {}), {})
+    torch.testing.assert_close(longer(prompts()), by_hand, rtol=1e-10, atol=1e-12)
+    assert (longer(prompts()) - before).abs().max() > 1e-3
+    # One set of parameters under the same names; each model's places are its own.
+    mine, theirs = dict(model.named_parameters()), dict(longer.named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name] is theirs[name] for name in mine)
+    assert len(longer.blocks) == 5
+    assert set(model.sites) < set(longer.sites)
+    assert not {id(each) for each in model.blocks.modules()} & {id(each) for each in longer.blocks.modules()}
+    # The model that was given is as it was, and its schedule is kept to.
+    assert model.config.steps == (1, 0, 1, 1)
+    assert torch.equal(model(prompts()), before)
+    assert torch.equal(longer.with_schedule((1, 0, 1, 1))(prompts()), before)
+    with pytest.raises(WorkbenchError, match="must run every block of 0 to 1 at least once"):
+        model.with_schedule((1, 1))
+
+
 def test_a_config_is_a_value() -> None:
     assert replace(SMALL, biases=("unembed", "attn")) == replace(SMALL, biases=("attn", "unembed", "attn"))
     assert ModelConfig(**SMALL.to_json()) == SMALL
@@ -288,6 +336,7 @@ def test_a_wrong_config_says_what_is_wrong(changes: Mapping[str, Any], message: 
     [
         ("activation", "selu", "Unknown activation 'selu'. Known: relu, gelu, gelu_new."),
         ("normalization", "RMS", "Unknown normalization 'RMS'. Known: LN, None."),
+        ("init", "zeros", "Unknown init 'zeros'. Known: fan_in, gpt2."),
         ("biases", ("mlp", "embed"), r"Unknown biases \['embed'\]. Known: attn, mlp, unembed."),
     ],
 )

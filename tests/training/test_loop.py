@@ -5,11 +5,12 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from kill_and_resume import final_weights, finish, kill_and_resume, log_without_seconds
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -17,9 +18,10 @@ from torch.nn import functional
 from workbench.runtime import WorkbenchError
 from workbench.store import new_run
 from workbench.tasks.modular import Modular
+from workbench.tasks.pairs import Pairs
 from workbench.training import loop
 from workbench.training.checkpoints import load
-from workbench.training.loop import Interrupted, is_evaluation, train
+from workbench.training.loop import Interrupted, Trainer, is_evaluation, train
 from workbench.training.recipes import TrainConfig, find_recipe
 
 TINY = ["p=13", "d_model=16", "d_head=4", "d_mlp=32", "steps=60", "stop_when_clean=false"]
@@ -80,7 +82,8 @@ def test_first_step_is_decoupled_adamw_by_hand(tmp_path):
         assert torch.allclose(after[clear], by_hand[clear], atol=1e-6), name
 
 
-OPTIONS = ["batch_size=32", "clip_norm=0.01", "loss_dtype=float32", "init_seed=1", "weight_decay=0", "warmup_steps=0"]
+OPTIONS = ["batch_size=32", "clip_norm=0.01", "loss_dtype=float32", "init_seed=1", "weight_decay=0", "warmup_steps=0",
+           "decay=matrices", "dropout=0.1", "init=gpt2"]  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", [*OPTIONS, "betas=[0.5,0.9]", "learning_rate=0.003"])
@@ -91,7 +94,30 @@ def test_every_training_option_changes_the_weights(tmp_path, setting):
     assert not same(weights(plain), weights(changed))
 
 
-def test_batch_seed_matters_only_for_mini_batches(tmp_path):
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_biases_and_norms_are_not_decayed_where_only_matrices_are(tmp_path, decay):
+    biased = ["normalization=LN", 'biases=["attn","mlp","unembed"]', "learning_rate=0.1", "weight_decay=0.5"]
+    trainer = Trainer(tiny(*biased, f"decay={decay}"), new_run("a", tmp_path), Accelerator(cpu=True))
+    # Ones without a gradient: decay alone moves them.
+    for parameter in trainer.model.parameters():
+        parameter.data.fill_(1)
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimiser.step()
+    for name, parameter in trainer.model.named_parameters():
+        decayed = decay == "all" or name.rsplit(".", 1)[-1].startswith("W_")
+        assert torch.allclose(parameter, torch.tensor(0.95 if decayed else 1.0)), name
+
+
+def test_a_model_of_matrices_alone_has_nothing_to_spare(tmp_path):
+    runs = [train(tiny("biases=[]", f"decay={decay}"), new_run(decay, tmp_path)) for decay in ("all", "matrices")]
+    assert same(*map(weights, runs))
+
+
+def test_batch_seed_matters_only_for_mini_batches_and_dropout(tmp_path):
+    dropped = [
+        train(tiny(f"batch_seed={seed}", "steps=5", "dropout=0.1"), new_run(f"d{seed}", tmp_path)) for seed in (0, 1)
+    ]
+    assert not same(weights(dropped[0]), weights(dropped[1]))
     full = [train(tiny(f"batch_seed={seed}", "steps=5"), new_run(f"f{seed}", tmp_path)) for seed in (0, 1)]
     mini = [
         train(tiny(f"batch_seed={seed}", "steps=5", "batch_size=16"), new_run(f"m{seed}", tmp_path)) for seed in (0, 1)
@@ -104,6 +130,7 @@ def test_stops_by_itself_once_generalised_and_clean(tmp_path, monkeypatch):
     monkeypatch.setattr("workbench.training.curves.SETTLED_STEPS", 20)
     monkeypatch.setattr("workbench.training.curves.SETTLED_CHANGE", 0.5)
     # So small a world is never learnt to 99 %; what is tested is the rule, not the network.
+    monkeypatch.setattr(Modular, "memorised_accuracy", 0.4)
     monkeypatch.setattr(Modular, "solved_accuracy", 0.4)
     recipe = tiny("steps=5000", "stop_when_clean=true", "train_fraction=0.8", "evaluate_every=5")
     run = train(recipe, new_run("a", tmp_path))
@@ -117,7 +144,7 @@ def test_stops_by_itself_once_generalised_and_clean(tmp_path, monkeypatch):
 
 def test_checkpoints_are_dense_once_the_training_split_is_learnt(tmp_path):
     run = train(tiny("steps=200", "evaluate_every=5", "p=7", "train_fraction=0.5"), new_run("a", tmp_path))
-    learnt = next(row["step"] for row in run.log.rows if row["train_accuracy"] >= run.task.solved_accuracy)
+    learnt = next(row["step"] for row in run.log.rows if row["train_accuracy"] >= run.task.memorised_accuracy)
     kept = {checkpoint.step for checkpoint in run.checkpoints}
     assert {row["step"] for row in run.log.rows if row["step"] >= learnt} <= kept
     assert all(step & (step - 1) == 0 for step in kept if step < learnt)
@@ -128,8 +155,72 @@ def test_evaluations_are_regular_and_at_powers_of_two():
     assert [step for step in range(1, 71) if is_evaluation(step, config)] == [1, 2, 4, 8, 16, 30, 32, 60, 64, 70]
 
 
-def test_interruption_saves_a_state_that_resumes_bit_identical(tmp_path):
-    recipe = tiny("batch_size=32", "steps=120")
+@dataclass(frozen=True, kw_only=True)
+class ThreeSplits(Modular):
+    """Modular arithmetic that also logs how it does on all pairs, the training pairs among them."""
+
+    measured = ("train", "test", "all")
+
+
+def measured(*settings):
+    recipe = tiny(*settings)
+    return replace(recipe, task=ThreeSplits(p=recipe.task.p, train_fraction=recipe.task.train_fraction))
+
+
+def exact_loss(run, split):
+    batch = run.task.examples(split)
+    logits = run.model()(batch.tokens)[batch.read].double()
+    return functional.cross_entropy(logits, batch.targets[batch.read]).item()
+
+
+@pytest.mark.parametrize("batch", [(), ("batch_size=32", "dropout=0.1")])
+def test_every_measured_split_is_logged_without_dropout(tmp_path, batch):
+    run = train(measured("steps=5", *batch), new_run("a", tmp_path))
+    for split in ("train", "test", "all"):
+        assert run.log.rows[-1][f"{split}_loss"] == pytest.approx(exact_loss(run, split), rel=1e-5)
+        assert 0 <= run.log.rows[-1][f"{split}_accuracy"] <= 1
+    assert run.log.tables()[0].frame["split"].unique().tolist() == ["train", "test", "all"]
+
+
+def test_large_splits_are_thinned_where_training_goes_by_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "PROBES", 30)
+    sizes = {}
+    for name, settings in {
+        "full": (),
+        "batches": ("batch_size=32",),
+        "other": ("batch_size=16", "batch_seed=1"),
+    }.items():
+        trainer = Trainer(measured(*settings), new_run(name, tmp_path), Accelerator(cpu=True))
+        assert all(len(parts) == 1 for parts in trainer.splits.values())
+        sizes[name] = {split: parts[0].batch.tokens.tolist() for split, parts in trainer.splits.items()}
+    assert [len(rows) for rows in sizes["full"].values()] == [84, 85, 169]
+    assert [len(rows) for rows in sizes["batches"].values()] == [30, 30, 30]
+    # The same ones in every run, without repeats, and not only the first.
+    assert sizes["other"] == sizes["batches"]
+    assert all(len({tuple(row) for row in rows}) == 30 for rows in sizes["batches"].values())
+    assert sizes["batches"]["all"] != sizes["full"]["all"][:30]
+
+
+def test_without_dropout_no_mask_is_drawn(tmp_path, monkeypatch):
+    asked = []
+    draw = loop.draw_masks
+    monkeypatch.setattr(loop, "draw_masks", lambda *given: asked.append(given) or draw(*given))
+    train(tiny("steps=3"), new_run("plain", tmp_path))
+    assert not asked
+    train(tiny("steps=3", "dropout=0.25"), new_run("dropped", tmp_path))
+    assert [rate for _, _, rate, _ in asked] == [0.25] * 3
+
+
+def test_a_task_without_a_training_split_cannot_be_trained(tmp_path):
+    task = Pairs(vocab=("a", "b"), clean=((0,),), corrupt=((1,),), answer=(0,), distractor=(1,))
+    model = replace(tiny().model, d_vocab=2, d_vocab_out=2)
+    with pytest.raises(WorkbenchError, match="Task 'pairs' measures test: a task that is trained needs the splits"):
+        train(replace(tiny(), task=task, model=model), new_run("a", tmp_path))
+
+
+@pytest.mark.parametrize("settings", [(), ("dropout=0.1", "decay=matrices", "normalization=LN")])
+def test_interruption_saves_a_state_that_resumes_bit_identical(tmp_path, settings):
+    recipe = tiny("batch_size=32", "steps=120", *settings)
     unbroken = train(recipe, new_run("whole", tmp_path))
     folder = new_run("broken", tmp_path)
 
@@ -163,9 +254,10 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path):
     assert len(again.log.rows) == len(run.log.rows)
 
 
-def test_damaged_state_is_named_and_the_one_before_it_used(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("settings", [(), ("batch_size=32", "dropout=0.1", "decay=matrices")])
+def test_damaged_state_is_named_and_the_one_before_it_used(tmp_path, monkeypatch, caplog, settings):
     monkeypatch.setattr(loop, "STATE_SECONDS", 0.0)
-    recipe = tiny()
+    recipe = tiny(*settings)
     run = train(recipe, new_run("a", tmp_path))
     newest = sorted((run.folder.path / "state").glob("*.safetensors"))[-1]
     content = bytearray(newest.read_bytes())

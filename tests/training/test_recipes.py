@@ -8,6 +8,7 @@ from workbench.models.config import ModelConfig
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.tasks.pairs import Pairs
+from workbench.training.checkpoints import load
 from workbench.training.recipes import RECIPES, Recipe, TrainConfig, find_recipe
 
 OWN = """
@@ -136,11 +137,25 @@ def test_the_vocabulary_follows_the_task():
         ("weight_decay=-1", "weight_decay at least 0"),
         ("clip_norm=0", "clip_norm must be above 0"),
         ("betas=[0.9,1.0]", "betas must lie in \\[0, 1\\)"),
+        ("dropout=1", "dropout must lie in \\[0, 1\\), got 1.0"),
+        ("dropout=-0.1", "dropout must lie in"),
+        ("dropout=NaN", "dropout must lie in"),
+        ("decay=biases", "is not of the kind"),
+        ("init=zeros", "is not of the kind"),
     ],
 )
 def test_bad_settings_are_one_clear_error(setting, message):
     with pytest.raises(WorkbenchError, match=message):
         find_recipe("modular").override([setting])
+
+
+def test_a_run_from_before_an_option_was_there_is_what_it_was():
+    content = load("gallery:modular").folder.recipe_json()
+    assert "init" not in content["model"]
+    assert not {"dropout", "decay"} & set(content["train"])
+    recipe = Recipe.from_json(content)
+    assert recipe.model.init == "fan_in"
+    assert (recipe.train.dropout, recipe.train.decay) == (0.0, "all")
 
 
 def test_one_seed_for_everything():
@@ -174,11 +189,18 @@ def test_a_recipe_without_training_survives_json_and_has_no_training_to_set():
         imported().override(["train.steps=3"])
 
 
-def test_unknown_loss_precision_is_refused_where_types_are_not_checked(monkeypatch):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss_dtype": "float16"}, "Unknown loss_dtype 'float16'. Known: float32, float64"),
+        ({"decay": "biases"}, "Unknown decay 'biases'. Known: all, matrices"),
+    ],
+)
+def test_unknown_words_are_refused_where_types_are_not_checked(monkeypatch, wrong, message):
     # The tests' type checker would be first; users run without it.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(WorkbenchError, match="Unknown loss_dtype 'float16'. Known: float32, float64"):
-        TrainConfig(steps=1, loss_dtype="float16")
+    with pytest.raises(WorkbenchError, match=message):
+        TrainConfig(steps=1, **wrong)
 
 
 def test_own_recipe_with_a_shipped_task(own):

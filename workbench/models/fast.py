@@ -1,11 +1,12 @@
 """The transformer's logits at the positions that are read, with no work that they do not need.
 
-Equal to the hooked forward, value by value and gradient by gradient; nothing can be recorded or patched on the way. Two
-exact savings:
+Equal to the hooked forward, value by value and gradient by gradient; nothing can be recorded or patched on the way.
+Three exact savings:
 
-- the last step computes queries, MLP and unembedding at the read positions only;
-- before the first step a residual vector depends only on (token, position), so norm, queries, keys and values of the
-  first step are computed once for each distinct one and gathered.
+- a residual vector is computed once, however often it occurs: before the first step it depends only on (token,
+  position), later, in a causal model, only on the prompt up to its position, which prompts that begin alike share;
+- what no read depends on is not computed: padding, and in a causal model what follows the last read;
+- the last step computes queries, MLP and unembedding at the read positions only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from workbench.models.config import ModelConfig
 from workbench.models.transformer import MASKED, Attention, Block, Transformer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rows:
+    """Residual vectors that are computed once each, however often they occur in a batch."""
+
+    index: Int[Tensor, "batch pos"]
+    """Which row stands where; the first, where none that is needed does."""
+    example: Int[Tensor, " row"]
+    position: Int[Tensor, " row"]
+    """One of the places where each row stands."""
+
+    @classmethod
+    def of(cls, code: Int[Tensor, "batch pos"], needed: Bool[Tensor, "batch pos"]) -> Rows:
+        """A row for each distinct code among the places that are needed."""
+        distinct, row = code[needed].unique(return_inverse=True)
+        place = torch.arange(len(row), device=row.device)
+        first = torch.zeros_like(distinct).scatter_reduce(0, row, place, "amin", include_self=False)
+        example, position = needed.nonzero()[first].unbind(1)
+        return cls(index=torch.zeros_like(code).masked_scatter(needed, row), example=example, position=position)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -25,32 +47,27 @@ class ReadPlan:
     """What a batch lets the forward pass skip, worked out once for the batch."""
 
     tokens: Int[Tensor, "batch pos"]
-    distinct_token: Int[Tensor, " distinct"]
-    distinct_position: Int[Tensor, " distinct"]
-    index: Int[Tensor, "batch pos"]
-    """Which distinct (token, position) stands where."""
+    at_first: Rows
+    """Before the first step: a row for each distinct token at each position."""
+    later: Rows
+    """Before the other steps: a row for each distinct prompt up to each position."""
     example: Int[Tensor, " reads"]
     position: Int[Tensor, " reads"]
     """Where each read logit is, in the order of `read.nonzero()`."""
-    one_read_each: bool
-    """Whether read i belongs to example i, so that nothing needs to be gathered by example."""
 
     @classmethod
-    def of(cls, tokens: Int[Tensor, "batch pos"], read: Bool[Tensor, "batch pos"]) -> ReadPlan:
-        """The plan for these prompts, read at these places."""
+    def of(cls, config: ModelConfig, tokens: Int[Tensor, "batch pos"], read: Bool[Tensor, "batch pos"]) -> ReadPlan:
+        """The plan for these prompts, read at these places by a model of this shape."""
         n = tokens.shape[1]
-        code = tokens * n + torch.arange(n, device=tokens.device)
-        distinct, index = code.unique(return_inverse=True)
-        example, position = read.nonzero().unbind(1)
+        position = torch.arange(n, device=tokens.device)
+        needed = _needed(config, tokens, read)
+        example, at = read.nonzero().unbind(1)
         return cls(
             tokens=tokens,
-            distinct_token=distinct // n,
-            distinct_position=distinct % n,
-            index=index,
+            at_first=Rows.of(tokens * n + position, needed),
+            later=Rows.of(_seen(config, tokens) * n + position, needed),
             example=example,
-            position=position,
-            one_read_each=len(example) == len(tokens)
-            and bool((example == torch.arange(len(tokens), device=tokens.device)).all()),
+            position=at,
         )
 
 
@@ -70,59 +87,67 @@ def read_neurons(
     return model.finish(mid + weights.mlp.write(post), {}), post
 
 
+def _needed(
+    config: ModelConfig, tokens: Int[Tensor, "batch pos"], read: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"]:
+    """Places that some read depends on: not those after the last read if causal, nor padding that is not read."""
+    needed = read.flip(1).cummax(1).values.flip(1) if config.causal else read.any(1, keepdim=True).expand_as(read)
+    if config.pad_token is not None:
+        needed = needed & (tokens != config.pad_token) | read
+    # One place in any case: where nothing is needed, some row must be pointed to.
+    needed = needed.clone()
+    needed[:1, :1] = True
+    return needed
+
+
+def _seen(config: ModelConfig, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """A number for what each position can see: the prompt up to there if causal, else the whole prompt."""
+    seen = tokens.clone()
+    for position in range(1, tokens.shape[1]):
+        both = seen[:, position - 1] * config.d_vocab + tokens[:, position]
+        seen[:, position] = both.unique(return_inverse=True)[1]
+    return seen if config.causal else seen[:, -1:].expand_as(seen)
+
+
 def _last_mid(model: Transformer, plan: ReadPlan) -> Float[Tensor, "reads d_model"]:
     """The residual stream at the reads, between attention and MLP of the last step."""
-    # Rows of every distinct (token, position); the first step's projections are computed on these alone.
-    rows = functional.embedding(plan.distinct_token, model.embed.W_E)
-    x = rows + functional.embedding(plan.distinct_position, model.pos_embed.W_pos)
-    index: Tensor | None = plan.index
-    allowed = model.allowed(plan.tokens)
+    rows, allowed = plan.at_first, model.allowed(plan.tokens)
+    x = functional.embedding(plan.tokens[rows.example, rows.position], model.embed.W_E)
+    x = x + functional.embedding(rows.position, model.pos_embed.W_pos)
     for step in range(model.config.n_steps - 1):
-        weights = model.block(step)
-        attended = _attend(weights.attn, x if weights.ln1 is None else weights.ln1(x), index, allowed)
-        x = _add_mlp(weights, (x if index is None else functional.embedding(index, x)) + attended)
-        index = None
+        weights, then = model.block(step), plan.later
+        attended = _attend(weights.attn, x if weights.ln1 is None else weights.ln1(x), rows, then, allowed)
+        own = x if rows is then else functional.embedding(rows.index[then.example, then.position], x)
+        x, rows = _add_mlp(weights, own + attended), then
     weights = model.block(model.config.n_steps - 1)
-    attended = _attend_at_reads(weights.attn, x if weights.ln1 is None else weights.ln1(x), index, plan, allowed)
-    if index is None:
-        return x[plan.example, plan.position] + attended
-    return functional.embedding(index[plan.example, plan.position], x) + attended
+    attended = _attend_at_reads(weights.attn, x if weights.ln1 is None else weights.ln1(x), rows, plan, allowed)
+    return functional.embedding(rows.index[plan.example, plan.position], x) + attended
 
 
 def _attend(
-    weights: Attention, x: Tensor, index: Int[Tensor, "batch pos"] | None, allowed: Bool[Tensor, "#batch dest src"]
-) -> Float[Tensor, "batch pos d_model"]:
-    q, k, v = (_gather(weights.project(x, name), index) for name in ("Q", "K", "V"))
-    z = functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed[:, None]
-    )
-    return weights.merge(z.transpose(1, 2))
+    weights: Attention, x: Tensor, rows: Rows, then: Rows, allowed: Bool[Tensor, "#batch dest src"]
+) -> Float[Tensor, "row d_model"]:
+    q, k, v = (_gather(weights.project(x, name), rows.index).transpose(1, 2) for name in ("Q", "K", "V"))
+    z = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
+    return weights.merge(z.transpose(1, 2)[then.example, then.position])
 
 
 def _attend_at_reads(
-    weights: Attention,
-    x: Tensor,
-    index: Int[Tensor, "batch pos"] | None,
-    plan: ReadPlan,
-    allowed: Bool[Tensor, "#batch dest src"],
+    weights: Attention, x: Tensor, rows: Rows, plan: ReadPlan, allowed: Bool[Tensor, "#batch dest src"]
 ) -> Float[Tensor, "reads d_model"]:
+    """As `_attend`, at the reads alone."""
     k, v = weights.project(x, "K"), weights.project(x, "V")
     mask = allowed.expand(len(plan.tokens), -1, -1)[plan.example, plan.position]
-    if index is None:
-        q = weights.project(x[plan.example, plan.position], "Q")
-        keys = k if plan.one_read_each else k[plan.example]
-        values = v if plan.one_read_each else v[plan.example]
-        scores = torch.einsum("rhe,rshe->rsh", q, keys)
+    query, query_of = rows.index[plan.example, plan.position].unique(return_inverse=True)
+    q, sources = weights.project(x[query], "Q"), rows.index[plan.example]
+    if len(q) * len(k) < sources.numel():
+        # Queries that reads share, as that of a last token `=`: each against each key once, then a lookup.
+        table = torch.einsum("uhe,she->ush", q, k).flatten(0, 1)
+        scores = functional.embedding(query_of[:, None] * len(x) + sources, table)
     else:
-        query, query_of = index[plan.example, plan.position].unique(return_inverse=True)
-        sources = index if plan.one_read_each else index[plan.example]
-        # Scores of each distinct query against each distinct key, then a lookup: rows share most of them.
-        table = torch.einsum("uhe,she->ush", weights.project(x[query], "Q"), k)
-        scores = functional.embedding(query_of[:, None] * len(x) + sources, table.flatten(0, 1))
-        values = functional.embedding(sources, v.flatten(1)).unflatten(-1, v.shape[1:])
+        scores = (_gather(q, query_of[:, None]) * _gather(k, sources)).sum(-1)
     scores = (scores / k.shape[-1] ** 0.5).masked_fill(~mask[..., None], MASKED)
-    pattern = scores.softmax(1)
-    return weights.merge((pattern[..., None] * values).sum(1))
+    return weights.merge((scores.softmax(1)[..., None] * _gather(v, sources)).sum(1))
 
 
 def _add_mlp(weights: Block, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
@@ -132,7 +157,7 @@ def _add_mlp(weights: Block, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor,
     return x + weights.mlp.write(weights.mlp.activation(weights.mlp.read(normed)))
 
 
-def _gather(rows: Float[Tensor, "*rows head d_head"], index: Int[Tensor, "batch pos"] | None) -> Tensor:
-    if index is None:
-        return rows
+def _gather(
+    rows: Float[Tensor, "row head d_head"], index: Int[Tensor, "*places"]
+) -> Float[Tensor, "*places head d_head"]:
     return functional.embedding(index, rows.flatten(-2)).unflatten(-1, rows.shape[-2:])

@@ -14,7 +14,7 @@ Shapes: batch, pos (dest and src in attention), head, d_model, d_head, d_mlp, vo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -28,6 +28,7 @@ from workbench.runtime import code_version
 from workbench.store import Provenance
 
 MASKED = -1e5
+GPT2_STD = 0.02
 EPS = 1e-5
 
 
@@ -120,6 +121,17 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln2 = LayerNorm(config.d_model) if config.normalization and config.d_mlp else None
         self.mlp = MLP(config) if config.d_mlp else None
+
+    @property
+    def matrices(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that multiply."""
+        attn, mlp = self.attn, self.mlp
+        return (attn.W_Q, attn.W_K, attn.W_V, attn.W_O, *(() if mlp is None else (mlp.W_in, mlp.W_out)))
+
+    @property
+    def writers(self) -> tuple[nn.Parameter, ...]:
+        """The matrices that write to the residual stream."""
+        return (self.attn.W_O, *(() if self.mlp is None else (self.mlp.W_out,)))
 
 
 class NormPlaces(nn.Module):
@@ -241,9 +253,9 @@ class Transformer(nn.Module):
     """A transformer with a named place at every site. Implements `Instrumented`."""
 
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None) -> None:
-        """Weights drawn from N(0, 1/d_model), biases zero (Nanda et al. 2023, appendix A).
+        """Matrices drawn as the config says, biases zero.
 
-        Without a generator the weights are drawn from torch's own: for models that are loaded over at once.
+        Without a generator they are drawn from torch's own: for models that are loaded over at once.
         """
         super().__init__()
         self.config = config
@@ -256,9 +268,26 @@ class Transformer(nn.Module):
         self.ln_final = NormPlaces()
         self.final_norm = LayerNorm(config.d_model) if config.normalization else None
         self.unembed = Unembed(config)
-        for name, parameter in self.named_parameters():
-            if name.rsplit(".", 1)[-1].startswith("W_"):
-                nn.init.normal_(parameter, std=config.d_model**-0.5, generator=generator)
+        for matrix in self.matrices:
+            std = GPT2_STD if config.init == "gpt2" else config.d_model**-0.5
+            nn.init.normal_(matrix, std=std, generator=generator)
+        if config.init == "gpt2":
+            # As many branches write to the residual stream as there are layers of attention and MLP.
+            with torch.no_grad():
+                for block in self.weights:
+                    for writer in cast(Block, block).writers:
+                        writer.div_((2 * config.n_layers) ** 0.5)
+
+    @property
+    def matrices(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that multiply, embeddings among them; the others are biases, and scales of LayerNorms."""
+        inner = [matrix for block in self.weights for matrix in cast(Block, block).matrices]
+        return (
+            self.embed.W_E,
+            self.pos_embed.W_pos,
+            *inner,
+            *(() if self.unembed.W_U is None else (self.unembed.W_U,)),
+        )
 
     @property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
@@ -268,6 +297,20 @@ class Transformer(nn.Module):
     def block(self, step: int) -> Block:
         """Weights of the block that runs at a step."""
         return cast(Block, self.weights[self.config.steps[step]])
+
+    def with_schedule(self, schedule: tuple[int, ...]) -> Transformer:
+        """The same weights run along another schedule, with places for each of its steps.
+
+        A model that was trained with shared blocks can go round more often than it was trained to. Nothing is copied:
+        both models hold the same parameters.
+        """
+        # On the meta device nothing is drawn or allocated: what the new model has of its own are places.
+        with torch.device("meta"):
+            model = Transformer(replace(self.config, schedule=schedule), generator=None)
+        for owner in ("embed", "pos_embed", "weights", "final_norm", "unembed"):
+            setattr(model, owner, getattr(self, owner))
+        model.provenance = self.provenance
+        return model.train(self.training)
 
     def forward(
         self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit] | None = None

@@ -121,6 +121,11 @@ class Task(Protocol):
         ...
 
     @property
+    def measured(self) -> Sequence[str]:
+        """Splits whose loss and accuracy training logs; of a task that can be trained, `train` and `test` are two."""
+        ...
+
+    @property
     def contrasts(self) -> Sequence[str]:
         """Kinds of counterfactual; the first is the default."""
         ...
@@ -131,8 +136,13 @@ class Task(Protocol):
         ...
 
     @property
+    def memorised_accuracy(self) -> float:
+        """Accuracy on `train` from which it counts as memorised."""
+        ...
+
+    @property
     def solved_accuracy(self) -> float:
-        """Accuracy from which a split counts as learnt: memorised on train, generalised on test."""
+        """Accuracy on `test` from which the task counts as generalised."""
         ...
 
     @property

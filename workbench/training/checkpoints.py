@@ -66,7 +66,7 @@ class Run:
     @cached_property
     def log(self) -> TrainLog:
         """The training log, as it is when first asked for."""
-        return TrainLog(rows=self.folder.lines(METRICS), solved_accuracy=self.task.solved_accuracy)
+        return TrainLog.of(self.task, self.folder.lines(METRICS))
 
     @cached_property
     def measures(self) -> pd.DataFrame:

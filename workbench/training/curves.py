@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from workbench.tables import Table
+from workbench.tasks.base import Task
 
 HOLD = 10
 SETTLED_CHANGE = 0.01
@@ -24,8 +25,15 @@ class TrainLog:
     """Evaluations of a run: step, losses and accuracies by split, sum of squared weights, seconds."""
 
     rows: Sequence[Mapping[str, Any]]
+    memorised_accuracy: float
+    """The task's threshold on the training split."""
     solved_accuracy: float
-    """The task's threshold."""
+    """The task's threshold on the test split."""
+
+    @classmethod
+    def of(cls, task: Task, rows: Sequence[Mapping[str, Any]]) -> TrainLog:
+        """The log of a run on this task."""
+        return cls(rows=rows, memorised_accuracy=task.memorised_accuracy, solved_accuracy=task.solved_accuracy)
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -35,12 +43,12 @@ class TrainLog:
     @property
     def step_memorised(self) -> int | None:
         """When the training split was learnt for good."""
-        return self._first_held("train_accuracy")
+        return self._first_held("train_accuracy", self.memorised_accuracy)
 
     @property
     def step_generalised(self) -> int | None:
         """When the test split was learnt for good."""
-        return self._first_held("test_accuracy")
+        return self._first_held("test_accuracy", self.solved_accuracy)
 
     @property
     def cleaned_up(self) -> bool:
@@ -65,23 +73,29 @@ class TrainLog:
             return []
         return [self._curves("loss", "nats", log_y=True), self._curves("accuracy", "fraction", log_y=False)]
 
-    def _first_held(self, column: str) -> int | None:
+    def _first_held(self, column: str, threshold: float) -> int | None:
         held: list[int] = []
         for row in self.rows:
-            held = [*held, row["step"]] if row[column] >= self.solved_accuracy else []
+            held = [*held, row["step"]] if row[column] >= threshold else []
             if len(held) == HOLD:
                 return held[0]
         return None
 
     def _curves(self, measure: str, unit: str, *, log_y: bool) -> Table:
-        wide = self.frame.rename(columns={f"{split}_{measure}": split for split in ("train", "test")})
-        frame = wide.melt(id_vars="step", value_vars=["train", "test"], var_name="split", value_name=measure)
+        splits = [name.removesuffix(f"_{measure}") for name in self.frame if name.endswith(f"_{measure}")]
+        wide = self.frame.rename(columns={f"{split}_{measure}": split for split in splits})
+        frame = wide.melt(id_vars="step", value_vars=splits, var_name="split", value_name=measure)
         return Table(
             name=f"training_{measure}",
             frame=frame,
             kind="curve",
             axes={"x": "step", "y": measure, "series": "split"},
             unit=unit,
-            caption=f"{measure.capitalize()} of the train and test split at each evaluation.",
+            caption=f"{measure.capitalize()} of {_listed(splits)} at each evaluation.",
             log_y=log_y,
         )
+
+
+def _listed(splits: Sequence[str]) -> str:
+    *first, last = splits
+    return f"the splits {', '.join(first)} and {last}" if first else f"the split {last}"

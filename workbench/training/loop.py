@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workbench.models.config import ModelConfig
 from workbench.models.fast import ReadPlan, read_logits
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator, thread_count
@@ -32,11 +33,13 @@ from workbench.store import RunFolder, load_tensors, save_tensors, write_json, w
 from workbench.tasks.base import Batch
 from workbench.training.checkpoints import METRICS, STATUS, Run, add_reason, list_checkpoints, save_checkpoint
 from workbench.training.curves import TrainLog
+from workbench.training.dropout import Masks, as_edits, draw_masks
 from workbench.training.recipes import Recipe, TrainConfig
 
 STATE_SECONDS = 5.0
 STATES_KEPT = 2
 EVALUATION_ROWS = 20_000
+PROBES = 3_000
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int, Mapping[str, Any]], None]
@@ -55,9 +58,13 @@ class AnswerLoss(nn.Module):
         self.model = model
         self.loss_dtype = loss_dtype
 
-    def forward(self, plan: ReadPlan, answers: Int[Tensor, " reads"], total: float) -> Float[Tensor, ""]:
-        """Summed cross-entropy of these rows, divided by `total`."""
-        logits = read_logits(self.model, plan).to(self.loss_dtype)
+    def forward(self, plan: ReadPlan, answers: Int[Tensor, " reads"], total: float, masks: Masks) -> Float[Tensor, ""]:
+        """Summed cross-entropy of these rows, divided by `total`; with masks, what they drop is dropped."""
+        if masks:
+            logits = self.model(plan.tokens, as_edits(masks))[plan.example, plan.position]
+        else:
+            logits = read_logits(self.model, plan)
+        logits = logits.to(self.loss_dtype)
         return functional.cross_entropy(logits, answers, reduction="sum") / total
 
 
@@ -70,9 +77,10 @@ class Dataset:
     answers: Int[Tensor, " reads"]
 
     @classmethod
-    def of(cls, batch: Batch) -> Dataset:
-        """The split, planned."""
-        return cls(batch=batch, plan=ReadPlan.of(batch.tokens, batch.read), answers=batch.targets[batch.read])
+    def of(cls, config: ModelConfig, batch: Batch) -> Dataset:
+        """The split, planned for a model of this shape."""
+        plan = ReadPlan.of(config, batch.tokens, batch.read)
+        return cls(batch=batch, plan=plan, answers=batch.targets[batch.read])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,11 +124,16 @@ class Trainer:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         if recipe.train is None:
             raise WorkbenchError(f"Run {folder.reference!r} was imported: it has no training to do or go on with.")
+        if not {"train", "test"} <= set(recipe.task.measured):
+            raise WorkbenchError(
+                f"Task {recipe.task.name!r} measures {', '.join(recipe.task.measured)}: a task that is trained needs "
+                "the splits train and test among them."
+            )
         self.config, self.position = recipe.train, Position()
         config = self.config
         self.model = Transformer(recipe.model, generator=generator(config.init_seed, "init"))
         optimiser = torch.optim.AdamW(
-            self.model.parameters(),
+            _by_decay(self.model, config),
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -130,8 +143,8 @@ class Trainer:
         self.wrapped, self.optimiser = accelerator.prepare(AnswerLoss(self.model, dtype), optimiser)
         self.train_split = recipe.task.examples(recipe.task.splits[0]).to(accelerator.device)
         self.splits = {
-            name: [Dataset.of(part) for part in _chunks(recipe.task.examples(name).to(accelerator.device))]
-            for name in ("train", "test")
+            name: [Dataset.of(recipe.model, part) for part in _chunks(self._measured(name).to(accelerator.device))]
+            for name in recipe.task.measured
         }
         self.own_rows = self._dealt(self.train_split) if config.batch_size is None else None
         self.batch_generator = generator(config.batch_seed, "batches")
@@ -187,7 +200,7 @@ class Trainer:
             group["lr"] = config.learning_rate * warm
         own, count = self._draw()
         # Gradients of several processes are averaged: each gives its share times their number.
-        loss = self.wrapped(own.plan, own.answers, count / self.accelerator.num_processes)
+        loss = self.wrapped(own.plan, own.answers, count / self.accelerator.num_processes, self._draw_masks(own))
         self.optimiser.zero_grad()
         self.accelerator.backward(loss)
         if config.clip_norm is not None:
@@ -259,12 +272,35 @@ class Trainer:
         batch = self.train_split.select(rows.to(self.train_split.tokens.device))
         return self._dealt(batch), int(batch.read.sum())
 
+    def _draw_masks(self, own: Dataset) -> Masks:
+        """This step's dropout for this process's rows.
+
+        Every step has a stream of its own for every process, so that a state has none to hold.
+        """
+        config = self.config
+        if not config.dropout:
+            return {}
+        rng = generator(config.batch_seed, "dropout", self.position.step, self.accelerator.process_index)
+        return draw_masks(self.model, own.plan.tokens, config.dropout, rng)
+
     def _dealt(self, batch: Batch) -> Dataset:
         """This process's rows of a batch."""
-        return Dataset.of(batch.select(slice(self.accelerator.process_index, None, self.accelerator.num_processes)))
+        own = batch.select(slice(self.accelerator.process_index, None, self.accelerator.num_processes))
+        return Dataset.of(self.recipe.model, own)
+
+    def _measured(self, split: str) -> Batch:
+        """The examples of a split whose loss is logged.
+
+        All of them where every step takes the whole training split, so that measuring costs about a step. Where a step
+        takes a batch, a large split is thinned to `PROBES` examples, the same ones in every run.
+        """
+        examples = self.recipe.task.examples(split)
+        if self.config.batch_size is None or len(examples) <= PROBES:
+            return examples
+        return examples.select(torch.randperm(len(examples), generator=generator(0, "probes", split))[:PROBES])
 
     def _evaluate(self, *, force_checkpoint: bool = False) -> Mapping[str, Any]:
-        """Measure both splits, log it, keep a checkpoint where the schedule says so."""
+        """Measure the task's splits, log it, keep a checkpoint where the schedule says so."""
         row: dict[str, Any] = {"step": self.position.step}
         with torch.no_grad():
             for name, parts in self.splits.items():
@@ -280,8 +316,8 @@ class Trainer:
 
     def _keeps_checkpoint(self, row: Mapping[str, Any]) -> bool:
         """Log-spaced until the training split is learnt, then every evaluation: the transition lies there."""
-        step, solved = row["step"], self.recipe.task.solved_accuracy
-        learnt = any(earlier["train_accuracy"] >= solved for earlier in self.position.rows)
+        step, threshold = row["step"], self.recipe.task.memorised_accuracy
+        learnt = any(earlier["train_accuracy"] >= threshold for earlier in self.position.rows)
         return learnt or step & (step - 1) == 0
 
     def _checkpoint(self, reason: str) -> None:
@@ -306,7 +342,7 @@ class Trainer:
         write_json(self.folder.path / STATUS, {"finished": True, "reason": reason, "seconds": seconds})
 
     def _log(self) -> TrainLog:
-        return TrainLog(rows=self.position.rows, solved_accuracy=self.recipe.task.solved_accuracy)
+        return TrainLog.of(self.recipe.task, self.position.rows)
 
     def _everyone_agrees(self, stop: bool) -> bool:
         """Whether any process was asked to stop, so that all leave at the same step."""
@@ -319,6 +355,15 @@ class Trainer:
 def is_evaluation(step: int, config: TrainConfig) -> bool:
     """Whether a step is evaluated: at regular steps, and at powers of two, where the log-spaced checkpoints are."""
     return step % config.evaluate_every == 0 or step & (step - 1) == 0 or step == config.steps
+
+
+def _by_decay(model: Transformer, config: TrainConfig) -> list[dict[str, Any]]:
+    """The model's parameters in groups of one weight decay each."""
+    if config.decay == "all":
+        return [{"params": list(model.parameters())}]
+    matrices = set(model.matrices)
+    others = [parameter for parameter in model.parameters() if parameter not in matrices]
+    return [{"params": list(model.matrices)}, {"params": others, "weight_decay": 0.0}]
 
 
 def _losses(model: Transformer, split: str, parts: list[Dataset]) -> dict[str, float]:

@@ -38,12 +38,20 @@ class TrainConfig:
     """Most steps to take."""
     learning_rate: float = 1e-3
     weight_decay: float = 1.0
-    """Decoupled (AdamW), on every parameter."""
+    """Decoupled (AdamW), on the parameters that `decay` names."""
+    decay: Literal["all", "matrices"] = "all"
+    """What is decayed: every parameter, or only those that multiply, not biases and LayerNorms, as GPT-2 is trained."""
+    dropout: float = 0.0
+    """Share of the embeddings' sum, of each attention pattern and of what each branch writes that is dropped at a step,
+    as in GPT-2; 0 drops nothing."""
     betas: tuple[float, float] = (0.9, 0.98)
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its value."""
     batch_size: int | None = None
-    """Examples a step, drawn at random; None takes the whole training split at every step."""
+    """Examples a step, drawn at random; None takes the whole training split at every step.
+
+    With batches, at most 3,000 examples of each split are measured, drawn once and the same in every run; without, all.
+    """
     clip_norm: float | None = None
     """Largest gradient norm; None does not clip."""
     loss_dtype: Literal["float32", "float64"] = "float64"
@@ -71,6 +79,10 @@ class TrainConfig:
             raise WorkbenchError(f"clip_norm must be above 0, or null for none, got {self.clip_norm}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise WorkbenchError(f"betas must lie in [0, 1), got {self.betas}.")
+        if not 0 <= self.dropout < 1:
+            raise WorkbenchError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        if self.decay not in ("all", "matrices"):
+            raise WorkbenchError(f"Unknown decay {self.decay!r}. Known: all, matrices.")
         if self.loss_dtype not in ("float32", "float64"):
             raise WorkbenchError(f"Unknown loss_dtype {self.loss_dtype!r}. Known: float32, float64.")
 
