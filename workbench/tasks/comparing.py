@@ -161,6 +161,11 @@ class Comparing(FactTask):
             answer = self._label(question.attribute, *((given, v2) if latent == "v1" else (v1, given)))
         return torch.where(batch.read, answer[:, None], 0)
 
+    def labels_of(self, batch: Batch) -> Int[Tensor, "batch label"]:
+        """The three labels of each prompt's attribute: less, equal, more."""
+        attribute = self._question(batch).attribute
+        return self._first_label + len(SIGNS) * attribute[:, None] + torch.arange(len(SIGNS))
+
     def perturbed(self, batch: Batch, cause: str, *, seed: int | torch.Generator = 0) -> Perturbed:
         """The prompts with another `attr`, `e1` or `e2`, as `contrast` changes them: every such prompt has an answer.
 
@@ -314,6 +319,8 @@ class Comparing(FactTask):
         latents: Mapping[str, Latent] = {"answer": Latent(value=answer, position=at)}
         if not atomic:
             v1, v2 = (self._first_value + self._value(attribute, entity) for entity in (e1, e2))
-            latents = {"v1": Latent(value=v1, position=2), "v2": Latent(value=v2, position=4), **latents}
+            values = range(self._first_value, self._first_label)
+            v1, v2 = Latent(value=v1, position=2, among=values), Latent(value=v2, position=4, among=values)
+            latents = {"v1": v1, "v2": v2, **latents}
         targets = torch.where(read, answer[:, None], 0)
         return Batch(tokens=self._tokens(question), targets=targets, read=read, latents=latents)

@@ -359,11 +359,12 @@ class Composition(FactTask):
         tokens = torch.stack([head, self.entities + first, last], 1)
         at = 1 if second is None else 2
         read = (torch.arange(3) == at).repeat(len(head), 1)
-        latents = {"answer": Latent(value=answer, position=at)}
+        entities, relations = range(self.entities), range(self.entities, self.pad_token)
+        latents = {"answer": Latent(value=answer, position=at, among=entities)}
         if second is not None:
             latents = {
-                "bridge": Latent(value=bridge, position=1),
-                "relation": Latent(value=last, position=2),
+                "bridge": Latent(value=bridge, position=1, among=entities),
+                "relation": Latent(value=last, position=2, among=relations),
                 **latents,
             }
         return Batch(tokens=tokens, targets=torch.where(read, answer[:, None], 0), read=read, latents=latents)

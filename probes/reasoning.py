@@ -1,14 +1,16 @@
-"""What a reasoner knows fact by fact: asked hop by hop, and what can be guessed without reasoning.
+"""What a reasoner knows, read off without touching it (Wang et al. 2024, section 3.3).
 
-*Two calls*: the model is asked for the bridge (`h r1`), its own answer is put in as the head of the second fact
-(`b r2`), and it is asked again. Where this is right and the chain in one call is wrong, the facts are there and their
-composition is not. *Marginal predictors* answer from the training set's distribution given some of the tokens alone:
-lines that an answer must pass before it says anything of reasoning.
+*Latents through layers*: the logit lens at a latent's own place (the bridge at r1, the value of an entity at that
+entity): the reciprocal rank of its token, among all tokens and among those that could stand there. *Two calls*: the
+model is asked for the bridge (`h r1`), its own answer is put in as the head of the second fact (`b r2`), and it is
+asked again: where this is right and the chain in one call is wrong, the facts are there and their composition is not.
+*Marginal predictors* answer from the training set's distribution given some of the tokens alone: lines that an answer
+must pass before it says anything of reasoning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -16,15 +18,72 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.logit_lens import lens_logits
 from workbench.instrument.passes import run
-from workbench.instrument.sites import Instrumented
+from workbench.instrument.sites import Instrumented, Site, select_sites
 from workbench.intervals import Estimate, share_of
+from workbench.runtime import WorkbenchError
 from workbench.tables import Table
-from workbench.tasks.base import Batch
+from workbench.tasks.base import Batch, check_choice
+from workbench.tasks.comparing import Comparing
 from workbench.tasks.composition import Composition
 
 SMOOTHING = 1.0
 """Counts added to every answer of the training set, so that what was never seen has a finite loss."""
+
+
+def latent_ranks(
+    model: Instrumented, batch: Batch, latent: str, *, sites: str | Iterable[str | Site], among: bool = False
+) -> Float[Tensor, "batch site"]:
+    """Reciprocal rank of a latent's token in the logit lens at the latent's own position; 1 is the top.
+
+    Args:
+        model: a model that can finish from any residual stream.
+        batch: prompts with this latent.
+        latent: its name.
+        sites: places of the residual stream.
+        among: rank it among the tokens that could stand there, not among the whole vocabulary.
+
+    Raises:
+        WorkbenchError: no such latent, or one that does not say which tokens could stand there.
+    """
+    check_choice("latent", latent, tuple(batch.latents))
+    found, chosen = batch.latents[latent], select_sites(sites, model)
+    logits = _lens_at(model, batch, chosen, found.position)
+    first = 0
+    if among:
+        if found.among is None:
+            raise WorkbenchError(f"Latent {latent!r} does not say which tokens could stand in its place.")
+        first = found.among.start
+        logits = logits[..., first : found.among.stop]
+    own = logits.gather(-1, (found.value - first)[:, None, None].expand(-1, len(chosen), 1))
+    return 1 / ((logits > own).sum(-1) + 1).to(logits.dtype)
+
+
+def label_recall(
+    model: Instrumented, task: Comparing, batch: Batch, *, sites: str | Iterable[str | Site]
+) -> Float[Tensor, "batch site"]:
+    """Share of the attribute's three labels that the lens at the attribute has among its top three: the label space."""
+    labels = task.labels_of(batch)
+    logits = _lens_at(model, batch, select_sites(sites, model), 0)
+    top = logits.topk(labels.shape[1], dim=-1).indices
+    return (top[..., None] == labels[:, None, None]).any(-1).to(logits.dtype).mean(-1)
+
+
+def leads(model: Instrumented, batch: Batch) -> Float[Tensor, " batch"]:
+    """By how much the answer's logit leads every other; below 0 where the answer is wrong.
+
+    Divided by the norm of the weights it is a circuit's efficiency: what weight decay favours (Varma et al. 2023).
+    """
+    logits = run(model, batch.tokens).logits[batch.read]
+    answer = batch.targets[batch.read][:, None]
+    return logits.gather(1, answer)[:, 0] - logits.scatter(1, answer, -torch.inf).amax(1)
+
+
+def _lens_at(
+    model: Instrumented, batch: Batch, sites: Sequence[Site], position: int
+) -> Float[Tensor, "batch site vocab"]:
+    return lens_logits(model, run(model, batch.tokens, record=sites), sites)[:, :, position]
 
 
 def two_calls(model: Instrumented, task: Composition, batch: Batch) -> Bool[Tensor, " batch"]:
