@@ -66,23 +66,26 @@ def port_gradients(
                 "Use 'logit_difference' or 'loss', or the methods 'exact', 'acdc' and 'greedy'."
             )
         gradients = torch.autograd.grad(values.sum(), [tap.at for tap in forward.taps])
+    with torch.no_grad():
         return [
             PortGradient(
                 ports=tap.ports,
                 positions=tap.positions,
-                gradient=_at_ports(plan, tap, gradient).unflatten(0, (len(given), len(rows))).mean(0),
+                gradient=_at_ports(plan, tap, gradient, points=len(given)),
             )
             for tap, gradient in zip(forward.taps, gradients, strict=True)
         ]
 
 
-def _at_ports(plan: Experiment, tap: _Tap, gradient: Tensor) -> Float[Tensor, "row some_pos port d_model"]:
-    """The gradient at what each port of a tap reads."""
+def _at_ports(
+    plan: Experiment, tap: _Tap, gradient: Float[Tensor, "pointrow some_pos *part"], *, points: int
+) -> Float[Tensor, "row some_pos port d_model"]:
+    """The gradient at what each port of a tap reads, averaged over the points."""
+    gradient = gradient.unflatten(0, (points, -1))
     if tap.heads is None:
-        return gradient[:, :, None]
+        return gradient.mean(0)[:, :, None]
     step, slot, stream = tap.heads
-    x = stream.detach()[:, :, None].repeat(1, 1, plan.graph.n_heads, 1).requires_grad_()
-    return torch.autograd.grad(plan.model.read_heads(step, slot, slice(None), x), x, gradient)[0]
+    return plan.model.pull_heads(step, slot, stream.unflatten(0, (points, -1)), gradient)
 
 
 class _Forward:
@@ -142,7 +145,7 @@ class _Forward:
                 at = torch.cat([known.repeat(self.points, 1, 1, 1), at], 1)
             read[slot] = at
         z = attend(read["q"], read["k"], read["v"], self.allowed[:, self.positions])
-        self.stream = self.stream + plan.model.write_heads(step, slice(None), z).sum(2)
+        self.stream = self.stream + plan.model.sum_heads(step, z)
 
     def _clusters(self, step: int, port: int, n_clusters: int) -> None:
         """One MLP, or the clusters of its neurons."""

@@ -226,10 +226,24 @@ class EdgeReadable(Instrumented, Protocol):
         """Queries, keys or values of some heads, each from an input of its own, or all from one."""
         ...
 
+    def pull_heads(
+        self,
+        step: int,
+        slot: Slot,
+        x: Float[Tensor, "point *rows d_model"],
+        gradient: Float[Tensor, "point *rows head d_head"],
+    ) -> Float[Tensor, "*rows head d_model"]:
+        """Gradient at what each head reads, from that at its queries, keys or values: the mean over points."""
+        ...
+
     def write_heads(
         self, step: int, heads: slice, z: Float[Tensor, "*rows head d_head"]
     ) -> Float[Tensor, "*rows head d_model"]:
         """What each of some heads writes; the bias of their sum belongs to none of them."""
+        ...
+
+    def sum_heads(self, step: int, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows d_model"]:
+        """What all heads write together, without the bias of their sum."""
         ...
 
     def write_neurons(

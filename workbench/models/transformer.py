@@ -360,14 +360,50 @@ class Transformer(nn.Module):
         block = self.block(step)
         x = x if block.ln1 is None else block.ln1(x)
         weight, bias = getattr(block.attn, f"W_{slot.upper()}"), getattr(block.attn, f"b_{slot.upper()}")
-        read = torch.einsum("...hd,hde->...he", x, weight[heads])
+        weight = weight[heads]
+        if x.shape[-2] == 1:
+            # One input for all heads is one product; as a sum over each it takes several times as long.
+            read = (x[..., 0, :] @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1))
+        else:
+            read = _each_head(x, weight)
         return read if bias is None else read + bias[heads]
+
+    def pull_heads(
+        self,
+        step: int,
+        slot: Slot,
+        x: Float[Tensor, "point *rows d_model"],
+        gradient: Float[Tensor, "point *rows head d_head"],
+    ) -> Float[Tensor, "*rows head d_model"]:
+        """Gradient at what each head reads, from that at its queries, keys or values: the mean over points.
+
+        All heads read the same stream `x`. With a LayerNorm of scale s and output n * w + b, a gradient g at the latter
+        pulls back to (gw - mean(gw) - n mean(gw n)) / s; all of it but the last term is the same matrix at every point,
+        so that the points are added up before it, in the few dimensions of a head.
+        """
+        block = self.block(step)
+        weight = getattr(block.attn, f"W_{slot.upper()}")
+        heads, d_model, d_head = weight.shape
+        if block.ln1 is None:
+            return _each_head(gradient.mean(0), weight.mT)
+        weight = weight * block.ln1.w[:, None]
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
+        normalized, scaled = centred / scale, gradient / scale[..., None]
+        direct = _each_head(scaled.mean(0), weight.mT)
+        read = (normalized @ weight.transpose(0, 1).reshape(d_model, heads * d_head)).unflatten(-1, (heads, d_head))
+        along = (scaled * read).sum(-1) / (d_model * len(x))
+        return direct - direct.mean(-1, keepdim=True) - along.movedim(0, -1) @ normalized.movedim(0, -2)
 
     def write_heads(
         self, step: int, heads: slice, z: Float[Tensor, "*rows head d_head"]
     ) -> Float[Tensor, "*rows head d_model"]:
         """What each of some heads writes; the bias of their sum belongs to none of them."""
-        return torch.einsum("...he,hed->...hd", z, self.block(step).attn.W_O[heads])
+        return _each_head(z, self.block(step).attn.W_O[heads])
+
+    def sum_heads(self, step: int, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows d_model"]:
+        """What all heads write together, without the bias of their sum."""
+        return z.flatten(-2) @ self.block(step).attn.W_O.flatten(0, 1)
 
     def write_neurons(
         self, step: int, neurons: Int[Tensor, " neuron"] | None, x: Float[Tensor, "*rows d_model"]
@@ -401,6 +437,11 @@ class Transformer(nn.Module):
 
     def _by_place(self, edits: Mapping[Site, Edit], layer: int | None) -> Edits:
         return {self.get_submodule(site.place): edit for site, edit in edits.items() if site.layer == layer}
+
+
+def _each_head(x: Float[Tensor, "*rows head d_in"], weight: Float[Tensor, "head d_in d_out"]) -> Tensor:
+    """Each head's rows through its own matrix, the heads as a batch of products."""
+    return (x.movedim(-2, 0).flatten(1, -2) @ weight).movedim(0, 1).unflatten(0, x.shape[:-2])
 
 
 def _bias(present: bool, *shape: int) -> nn.Parameter | None:
