@@ -73,8 +73,8 @@ def eap(plan: Experiment, *, reference: Literal["clean", "ablated"] = "clean") -
     begun = time.perf_counter()
     if plan.metric.needs_reference and reference == "clean":
         raise WorkbenchError(
-            f"Metric {plan.metric.name!r} is least at the clean run, where its gradient is zero for every edge. Take "
-            "the gradient at the ablated run, or use eap-ig."
+            f"Metric {plan.metric.name!r} is least at the clean run, where its gradient is zero for every edge. Use "
+            "eap-ig, or eap(plan, reference='ablated')."
         )
     share = 1.0 if reference == "clean" else 0.0
     examples = _integrated(plan, _inputs(plan.graph), [share])

@@ -86,10 +86,17 @@ class Metric:
                 "Use 'logit_difference', 'loss' or 'accuracy' here."
             )
         values = self.values(logits, batch, reference)
+        if not isinstance(values, Tensor):
+            raise WorkbenchError(f"Metric {self.name!r} returned a {type(values).__name__}; a tensor is wanted.")
         if values.shape != (len(batch.read),):
             raise WorkbenchError(
                 f"Metric {self.name!r} returned shape {list(values.shape)}; one number an example, "
                 f"[{len(batch.read)}], is wanted."
+            )
+        if not values.is_floating_point():
+            raise WorkbenchError(
+                f"Metric {self.name!r} returned numbers of type {values.dtype}; floating-point numbers are wanted. "
+                "End it with .float()."
             )
         return values
 

@@ -252,12 +252,18 @@ def test_the_copied_code_finds_the_same(
         assert f"**noise** {float(lost[1]):+.3f}" in texts(app)
 
 
+def test_a_learned_mask_is_of_one_size_too(app_on: AppOn, runs_folder: Path) -> None:
+    app = app_on("circuit", runs_folder, run="small", method="mask")
+    assert not app.exception
+    assert "mask looks for a circuit of one size" in app.info[0].value
+
+
 def test_what_does_not_rank_edges_asks_for_a_size(
     app_on: AppOn, runs_folder: Path, run: Run, question: Question
 ) -> None:
     app = app_on("circuit", runs_folder, run="small", method="acdc")
     assert not app.exception
-    assert "acdc does not rank edges" in app.info[0].value
+    assert "acdc looks for a circuit of one size" in app.info[0].value
     asked = replace(question, method="acdc", edges=8)
     found = kept(run, "circuit", circuit_of, 400, asked.arguments)
     app.number_input(key="edges").set_value(8).run()

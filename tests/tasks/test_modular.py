@@ -212,14 +212,11 @@ def test_batches_check_themselves_and_join(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(WorkbenchError, match="tokens' shape \\(4, 3\\)"):
         Batch(tokens=batch.tokens, targets=batch.targets[:2], read=batch.read)
-    with pytest.raises(WorkbenchError, match="must have the clean prompts' shape"):
-        Batch(
-            tokens=batch.tokens,
-            targets=batch.targets,
-            read=batch.read,
-            corrupt=batch.corrupt[:, :2],
-            distractor=batch.distractor,
-        )
+    pairs = {"corrupt": batch.corrupt, "distractor": batch.distractor}
+    for name, what in (("corrupt", "prompts"), ("distractor", "answers")):
+        short = {**pairs, name: pairs[name][:, :2]}
+        with pytest.raises(WorkbenchError, match=f"Counterfactual {what} must have the clean prompts' shape"):
+            Batch(tokens=batch.tokens, targets=batch.targets, read=batch.read, **short)
 
 
 def test_primes():

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from workbench.metrics import METRICS, Answers, mean_over_reads, metric
+from workbench.metrics import METRICS, Answers, Metric, mean_over_reads, metric
 from workbench.runtime import WorkbenchError
 
 
@@ -150,3 +150,16 @@ def test_unknown_metric() -> None:
 def test_a_batch_has_what_a_metric_reads() -> None:
     assert isinstance(one_read()[1], Answers)
     assert not isinstance(object(), Answers)
+
+
+def test_what_is_no_number_an_example_is_refused() -> None:
+    logits, prompts = one_read()
+    cases = [
+        (lambda logits, batch, reference: 1.0, "returned a float; a tensor is wanted"),
+        (lambda logits, batch, reference: logits.mean(), r"returned shape \[\]; one number an example, \[2\]"),
+        (lambda logits, batch, reference: logits.argmax(1), r"numbers of type torch.int64; .* End it with .float\(\)"),
+    ]
+    for values, message in cases:
+        mine = Metric(name="mine", unit="1", higher="more", values=values)
+        with pytest.raises(WorkbenchError, match=message):
+            mine(logits, prompts)

@@ -54,11 +54,12 @@ class Batch:
             )
         if (self.corrupt is None) != (self.distractor is None):
             raise WorkbenchError("Batch needs corrupt and distractor together: one came without the other.")
-        if self.corrupt is not None and self.corrupt.shape != self.tokens.shape:
-            raise WorkbenchError(
-                f"Counterfactual prompts must have the clean prompts' shape {tuple(self.tokens.shape)}, "
-                f"got {tuple(self.corrupt.shape)}."
-            )
+        for what, tensor in (("prompts", self.corrupt), ("answers", self.distractor)):
+            if tensor is not None and tensor.shape != self.tokens.shape:
+                raise WorkbenchError(
+                    f"Counterfactual {what} must have the clean prompts' shape {tuple(self.tokens.shape)}, "
+                    f"got {tuple(tensor.shape)}."
+                )
 
     def __len__(self) -> int:
         """Number of prompts."""

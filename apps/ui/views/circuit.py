@@ -11,7 +11,7 @@ from typing import get_args
 
 import streamlit as st
 
-from apps.circuits_of_runs import PAIRS, Granularity
+from apps.circuits_of_runs import FOR_ONE_SIZE, PAIRS, Granularity
 from apps.ui import charts, circuit_drawing, circuit_files, circuit_panels, circuit_questions, state
 from apps.ui.charts import NodeOrEdge
 from apps.ui.circuit_drawing import Drawing
@@ -19,7 +19,7 @@ from apps.ui.circuit_jobs import obtain
 from apps.ui.circuit_overlay import Comparison, Status, compare, counts, difference
 from apps.ui.circuit_questions import Found, Question
 from circuits.circuit import Circuit
-from circuits.discovery import METHODS, SCORES
+from circuits.discovery import METHODS
 from workbench.figures import figure
 from workbench.metrics import METRICS
 from workbench.models.known import ABLATIONS
@@ -48,8 +48,8 @@ def page() -> None:
     run = state.choose_run()
     with st.sidebar:
         question = _ask(run, state.choose_step(run))
-    if question.method not in SCORES and question.edges is None:
-        state.missing(f"{question.method} does not rank edges: say in the sidebar how many to keep.")
+    if question.method in FOR_ONE_SIZE and question.edges is None:
+        state.missing(f"{question.method} looks for a circuit of one size: say in the sidebar how many edges to keep.")
         return
     held = obtain(question, key="circuit")
     if held is None:
