@@ -21,7 +21,7 @@ from workbench.store import RunFolder, gallery_names, new_run, run_names, runs_r
 if TYPE_CHECKING:
     from workbench.store import Result
     from workbench.training.checkpoints import Run
-    from workbench.training.recipes import Recipe
+    from workbench.training.recipe import Recipe
 
 
 ROWS = ("cells", "minimality")

@@ -16,7 +16,7 @@ from probes.fourier import LOSS_LABELS, FourierResult
 from workbench.intervals import Estimate
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
-from workbench.training.recipes import Recipe
+from workbench.training.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -25,7 +25,8 @@ from workbench.store import new_run, write_json
 from workbench.tasks.pairs import Pairs
 from workbench.training.checkpoints import save_checkpoint
 from workbench.training.loop import train
-from workbench.training.recipes import Recipe, modular_smoke
+from workbench.training.recipe import Recipe
+from workbench.training.recipes import modular_smoke
 
 START_SECONDS = 60.0
 ACTION_MILLISECONDS = 30_000

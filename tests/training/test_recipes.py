@@ -9,7 +9,8 @@ from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.tasks.pairs import Pairs
 from workbench.training.checkpoints import load
-from workbench.training.recipes import RECIPES, Recipe, TrainConfig, find_recipe
+from workbench.training.recipe import Recipe, TrainConfig
+from workbench.training.recipes import RECIPES, find_recipe
 
 OWN = """
 from dataclasses import dataclass, replace

@@ -21,7 +21,7 @@ from workbench.runtime import WorkbenchError, code_version
 from workbench.store import Provenance, RunFolder, find_run, load_tensors, read_json, save_tensors, write_json
 from workbench.tasks.base import Task
 from workbench.training.curves import TrainLog
-from workbench.training.recipes import Recipe
+from workbench.training.recipe import Recipe
 
 METRICS = "metrics.jsonl"
 MEASURES = "measures.jsonl"
