@@ -15,13 +15,13 @@ from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site, select_sites
 from workbench.instrument.trace import FromTrace, Patch, Trace
-from workbench.intervals import Estimate, share_of
+from workbench.intervals import Estimate, columns_of, mean_of, share_of
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 from workbench.tables import Table
@@ -29,7 +29,11 @@ from workbench.tasks.base import Batch, Task
 from workbench.tasks.facts import Perturbed
 
 SITES = "attn_out,mlp_out,resid_post"
-SHARES = ("strength", "altered", "redirected")
+SHARES = {
+    "strength": "Strength: share of answers not right afterwards, prompts answered wrongly before included.",
+    "altered": "Altered: share of the answers right before that are not right afterwards.",
+    "redirected": "Redirected: share that gives the changed prompt's answer, where both were answered rightly.",
+}
 
 
 @runtime_checkable
@@ -52,20 +56,23 @@ class Cause:
 
     site: Site
     name: str
-    strength: Estimate
-    """Share of all answers that are not right after the patch: the paper's measure."""
+    strength: Estimate | None
+    """Share of all answers that are not right after the patch: the paper's measure. None where no prompt has such a
+    change."""
     altered: Estimate | None
     """Share of the answers right before that are not right after; None where none was right before."""
     redirected: Estimate | None
     """Share that gives the changed prompt's answer, where both prompts are answered rightly; None without such."""
-    lead_lost: float | None
+    lead_lost: Estimate | None
     """Mean fall of the answer's logit lead over the changed prompt's answer, over the same prompts."""
     n: int
     """Prompts that have such a change."""
     skipped: int
     """Prompts that have none."""
     n_right: int
+    """Of those with a change, prompts answered rightly before: `altered` is a share of these."""
     n_both: int
+    """Of those, prompts whose changed prompt has an answer and gets it: `redirected` is a share of these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -74,8 +81,8 @@ class CausalMap:
 
     causes: tuple[Cause, ...]
     split: str
-    accuracy: float
-    """Of the model left alone, on the prompts looked at."""
+    accuracy: Estimate
+    """Of the model left alone, on all prompts."""
     provenance: Provenance
 
     @property
@@ -85,32 +92,26 @@ class CausalMap:
 
     def summary(self) -> dict[str, object]:
         """The findings as one JSON object."""
-        return {"split": self.split, "accuracy": self.accuracy, "cells": self.frame.to_dict("records")}
+        cells = [_row(cause) for cause in self.causes]
+        return {"split": self.split, **columns_of("accuracy", self.accuracy), "cells": cells}
 
     def tables(self) -> Sequence[Table]:
-        """A heat map of the paper's strength and one of redirections, and all numbers."""
-        first = self.causes[0]
+        """A heat map of each share by site and cause."""
+        n = [cause.n for cause in self.causes]
         caption = (
-            f"States of a changed prompt, put in at one site (split {self.split!r}, {first.n} to "
-            f"{max(cause.n for cause in self.causes)} prompts, those without a change left out and counted; 95 % score "
-            "intervals). "
+            f"States of a changed prompt, put in at one site (split {self.split!r}, n = {min(n)} to {max(n)}; prompts "
+            "without a change are left out and counted; 95 % score intervals). "
         )
-        says = {
-            "strength": "Strength: share of answers not right afterwards, prompts answered wrongly before included.",
-            "altered": "Altered: share of the answers right before that are not right afterwards.",
-            "redirected": "Redirected: share that gives the changed prompt's answer, where both were answered rightly.",
-        }
-        frame = self.frame
         return [
             Table(
                 name=f"causes_{name}_{self.split}",
-                frame=frame,
+                frame=self.frame,
                 kind="heatmap",
                 axes={"x": "cause", "y": "site", "value": name, "low": f"{name}_low", "high": f"{name}_high"},
                 unit="share of answers",
-                caption=caption + says[name],
+                caption=caption + says,
             )
-            for name in SHARES
+            for name, says in SHARES.items()
         ]
 
 
@@ -134,7 +135,7 @@ def causal_tracing(
         seed: of the changes.
 
     Raises:
-        WorkbenchError: a task whose causes cannot be changed, or no prompt with a change.
+        WorkbenchError: a task whose causes cannot be changed, or no prompts.
     """
     if not isinstance(task, Traceable):
         raise WorkbenchError(
@@ -142,78 +143,94 @@ def causal_tracing(
             "Give it `causes` and `perturbed`."
         )
     chosen = select_sites(sites, model)
-    found = []
-    accuracy = 0.0
+    before = run(model, batch.tokens).logits[batch.read]
+    found: list[Cause] = []
     for name, positions in task.causes.items():
         changed = task.perturbed(batch, name, seed=seed)
-        skipped = int((~changed.kept).sum())
-        if skipped == len(batch):
-            raise WorkbenchError(f"No prompt of split {split!r} has another {name!r} that changes its answer.")
-        traced = _traced(model, batch.select(changed.kept), changed.select(changed.kept), chosen, list(positions))
-        found += [_cause(name, site, traced, answers, skipped) for site, answers in traced.after.items()]
-        accuracy = float((traced.before.argmax(1) == traced.answer).double().mean())
+        rows, skipped = changed.kept.nonzero()[:, 0], int((~changed.kept).sum())
+        if not len(rows):
+            found += [_absent(name, site, skipped) for site in chosen]
+            continue
+        pairs = _Pairs.of(model, batch.select(rows), changed.select(rows), before[rows], record=chosen)
+        found += [_cause(name, site, pairs, pairs.patched(model, site, positions), skipped) for site in chosen]
+    accuracy = share_of(before.argmax(1) == batch.targets[batch.read])
     return CausalMap(causes=tuple(found), split=split, accuracy=accuracy, provenance=model.provenance)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Traced:
-    """Logits where the answer is read: before, of the changed prompt, and after each site's patch."""
+class _Pairs:
+    """Prompts with one cause changed, and the logits of both where the answer is read."""
 
+    batch: Batch
     answer: Int[Tensor, " batch"]
-    changed: Perturbed
+    other: Int[Tensor, " batch"]
+    """What the changed prompt is answered by; valid where `both`."""
     before: Float[Tensor, "batch vocab"]
-    other: Float[Tensor, "batch vocab"]
-    after: Mapping[Site, Float[Tensor, "batch vocab"]]
+    right: Bool[Tensor, " batch"]
+    both: Bool[Tensor, " batch"]
+    """Both prompts are answered rightly."""
+    source: Trace
+    """The run of the changed prompts."""
+
+    @classmethod
+    def of(
+        cls,
+        model: Instrumented,
+        batch: Batch,
+        changed: Perturbed,
+        before: Float[Tensor, "batch vocab"],
+        *,
+        record: Sequence[Site],
+    ) -> _Pairs:
+        source = run(model, changed.tokens, record=record)
+        answer, other = batch.targets[batch.read], changed.answer.clamp(min=0)
+        right = before.argmax(1) == answer
+        other_right = changed.defined & (source.logits[batch.read].argmax(1) == other)
+        return cls(
+            batch=batch,
+            answer=answer,
+            other=other,
+            before=before,
+            right=right,
+            both=right & other_right,
+            source=source,
+        )
+
+    def patched(self, model: Instrumented, site: Site, positions: Sequence[int]) -> Float[Tensor, "batch vocab"]:
+        """Logits with the changed prompts' state at some positions of a site."""
+        patch = Patch(site=site, positions=list(positions), source=FromTrace(self.source))
+        return run(model, self.batch.tokens, patches=[patch]).logits[self.batch.read]
+
+    def lead(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        """By how much the answer's logit leads that of the changed prompt's answer."""
+        return (logits.gather(1, self.answer[:, None]) - logits.gather(1, self.other[:, None]))[:, 0]
 
 
-def _traced(
-    model: Instrumented, batch: Batch, changed: Perturbed, sites: Sequence[Site], positions: list[int]
-) -> _Traced:
-    source = run(model, changed.tokens, record=sites)
-    return _Traced(
-        answer=batch.targets[batch.read],
-        changed=changed,
-        before=run(model, batch.tokens).logits[batch.read],
-        other=source.logits[batch.read],
-        after={site: _patched(model, batch, site, positions, source) for site in sites},
-    )
-
-
-def _patched(
-    model: Instrumented, batch: Batch, site: Site, positions: list[int], source: Trace
-) -> Float[Tensor, "batch vocab"]:
-    patch = Patch(site=site, positions=positions, source=FromTrace(source))
-    return run(model, batch.tokens, patches=[patch]).logits[batch.read]
-
-
-def _cause(name: str, site: Site, traced: _Traced, after: Float[Tensor, "batch vocab"], skipped: int) -> Cause:
-    answer, given = traced.answer, after.argmax(1)
-    right = traced.before.argmax(1) == answer
-    expected = traced.changed.answer.clamp(min=0)
-    both = right & traced.changed.defined & (traced.other.argmax(1) == expected)
-    lead = (_lead(traced.before, answer, expected) - _lead(after, answer, expected))[both]
+def _cause(name: str, site: Site, pairs: _Pairs, after: Float[Tensor, "batch vocab"], skipped: int) -> Cause:
+    given, right, both = after.argmax(1), pairs.right, pairs.both
+    wrong = given != pairs.answer
     return Cause(
         site=site,
         name=name,
-        strength=share_of(given != answer),
-        altered=share_of((given != answer)[right]) if right.any() else None,
-        redirected=share_of((given == expected)[both]) if both.any() else None,
-        lead_lost=float(lead.mean()) if both.any() else None,
-        n=len(answer),
+        strength=share_of(wrong),
+        altered=share_of(wrong[right]) if right.any() else None,
+        redirected=share_of((given == pairs.other)[both]) if both.any() else None,
+        lead_lost=mean_of((pairs.lead(pairs.before) - pairs.lead(after))[both]) if both.any() else None,
+        n=len(wrong),
         skipped=skipped,
         n_right=int(right.sum()),
         n_both=int(both.sum()),
     )
 
 
-def _lead(logits: Float[Tensor, "batch vocab"], answer: Tensor, other: Tensor) -> Float[Tensor, " batch"]:
-    return (logits.gather(1, answer[:, None]) - logits.gather(1, other[:, None]))[:, 0]
+def _absent(name: str, site: Site, skipped: int) -> Cause:
+    """A cause that no prompt has another of."""
+    nothing = dict.fromkeys((*SHARES, "lead_lost"))
+    return Cause(site=site, name=name, **nothing, n=0, skipped=skipped, n_right=0, n_both=0)
 
 
 def _row(cause: Cause) -> dict[str, object]:
     row: dict[str, object] = {"site": str(cause.site), "layer": cause.site.layer, "cause": cause.name}
-    for name in SHARES:
-        share: Estimate | None = getattr(cause, name)
-        row |= {name: share and share.mean, f"{name}_low": share and share.low, f"{name}_high": share and share.high}
-    fields = ("lead_lost", "n", "skipped", "n_right", "n_both")
-    return row | {field: getattr(cause, field) for field in fields}
+    for name in (*SHARES, "lead_lost"):
+        row |= columns_of(name, getattr(cause, name))
+    return row | {field: getattr(cause, field) for field in ("n", "skipped", "n_right", "n_both")}

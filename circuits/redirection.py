@@ -14,38 +14,42 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site, select_sites
-from workbench.instrument.trace import FromTrace, Patch
-from workbench.intervals import Estimate, share_of
+from workbench.instrument.trace import FromTrace, Patch, Trace
+from workbench.intervals import Estimate, columns_of, share_of
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 from workbench.tables import Table
 from workbench.tasks.base import Batch
 
 SITES = "resid_post"
+SHARES = ("redirected", "changed", "right")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Redirected:
-    """What the other prompt's state does at one place."""
+    """What the other prompt's state does at one site; None where no pair counts."""
 
     site: Site
-    position: int
-    redirected: Estimate
+    redirected: Estimate | None
     """Share that gives the other prompt's answer."""
-    changed: Estimate
+    changed: Estimate | None
     """Share whose answer is not the one before."""
-    right: Estimate
+    right: Estimate | None
     """Share that is answered rightly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Redirection:
-    """Every place of one kind of pair."""
+    """Every site, for pairs of one kind."""
 
     places: tuple[Redirected, ...]
+    position: int
+    """Where the state was swapped."""
     split: str
     contrast: str
     """In what the two prompts of a pair differ."""
@@ -55,58 +59,45 @@ class Redirection:
     """Pairs left out because the model, left alone, answers one of the two wrongly; 0 if that was not asked for."""
     skipped_missing: int
     """Prompts without such a counterpart."""
-    right_before: Estimate
-    """Share answered rightly before the swap."""
+    right_before: Estimate | None
+    """Share answered rightly before the swap; None where no pair counts."""
     provenance: Provenance
 
     @property
-    def best(self) -> Redirected:
-        """The place that redirects most; the earliest of equals."""
-        return max(self.places, key=lambda place: place.redirected.mean)
-
-    def at(self, site: Site, position: int) -> Redirected:
-        """One place.
-
-        Raises:
-            WorkbenchError: it is not among them.
-        """
-        for place in self.places:
-            if (place.site, place.position) == (site, position):
-                return place
-        known = ", ".join(f"{place.site} at {place.position}" for place in self.places)
-        raise WorkbenchError(f"{site} at {position} was not looked at; these were: {known}.")
+    def best(self) -> Redirected | None:
+        """The site that redirects most, the earliest of equals; None where no pair counts."""
+        return max(self.places, key=lambda place: place.redirected.mean if place.redirected else 0) if self.n else None
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row a place."""
-        return pd.DataFrame(
-            [
-                {
-                    "site": str(place.site),
-                    "position": place.position,
-                    **_columns("redirected", place.redirected),
-                    **_columns("changed", place.changed),
-                    **_columns("right", place.right),
-                }
-                for place in self.places
-            ]
-        )
+        """One row a site."""
+        return pd.DataFrame(self._rows())
 
     def summary(self) -> dict[str, object]:
         """The findings as one JSON object."""
-        counts = ("split", "contrast", "n", "skipped_wrong", "skipped_missing")
-        before = _columns("right_before", self.right_before)
-        return {**{name: getattr(self, name) for name in counts}, **before, "cells": self.frame.to_dict("records")}
+        fields = ("split", "contrast", "position", "n", "skipped_wrong", "skipped_missing")
+        counts = {field: getattr(self, field) for field in fields}
+        return {**counts, **columns_of("right_before", self.right_before), "cells": self._rows()}
 
     def tables(self) -> Sequence[Table]:
-        """All shares by place."""
+        """All shares by site."""
+        before = "no pair counts" if self.right_before is None else f"right before: {self.right_before.mean:.3f}"
         caption = (
-            f"The other prompt's state at one place; pairs of split {self.split!r} that differ in {self.contrast}. "
-            f"n = {self.n}; left out: {self.skipped_wrong} pairs with a wrong answer, {self.skipped_missing} prompts "
-            f"without a counterpart. Right before: {self.right_before.mean:.3f}. 95 % score intervals."
+            f"The other prompt's state at one site, position {self.position}; pairs of split {self.split!r} that "
+            f"differ in {self.contrast}. n = {self.n}, {before}; left out: {self.skipped_wrong} pairs with a wrong "
+            f"answer, {self.skipped_missing} prompts without a counterpart. 95 % score intervals."
         )
         name = f"redirection_{self.contrast}_{self.split}"
         return [Table(name=name, frame=self.frame, kind="table", axes={}, unit="share", caption=caption)]
+
+    def _rows(self) -> list[dict[str, object]]:
+        rows = []
+        for place in self.places:
+            row: dict[str, object] = {"site": str(place.site)}
+            for name in SHARES:
+                row |= columns_of(name, getattr(place, name))
+            rows.append(row)
+        return rows
 
 
 def redirection(
@@ -131,46 +122,50 @@ def redirection(
         both_right: count only pairs of which the model, left alone, answers both prompts rightly.
 
     Raises:
-        WorkbenchError: no pairs, or none that counts.
+        WorkbenchError: no pairs were drawn, or prompts that are read at several places.
     """
     corrupt, distractor = batch.pairs()
-    if not len(batch):
-        raise WorkbenchError(f"No prompt of split {split!r} has a counterpart of kind {contrast!r}.")
-    answer, other = batch.targets[batch.read], distractor[batch.read]
+    if not (batch.read.sum(1) == 1).all():
+        raise WorkbenchError("Redirection compares one answer with another: give prompts that are read at one place.")
     chosen = select_sites(sites, model)
-    source = run(model, corrupt, record=chosen)
-    before = run(model, batch.tokens).logits[batch.read].argmax(1)
-    counts = torch.ones_like(before, dtype=torch.bool)
-    if both_right:
-        counts = (before == answer) & (source.logits[batch.read].argmax(1) == other)
-    if not counts.any():
-        raise WorkbenchError(
-            f"The model answers both prompts rightly in none of {len(batch)} pairs of split {split!r} "
-            f"({contrast!r} changed): there is nothing to redirect. Take a later checkpoint."
-        )
-
-    def swapped(site: Site) -> Redirected:
-        patch = Patch(site=site, positions=[position], source=FromTrace(source))
-        after = run(model, batch.tokens, patches=[patch]).logits[batch.read].argmax(1)
-        return Redirected(
-            site=site,
-            position=position,
-            redirected=share_of((after == other)[counts]),
-            changed=share_of((after != before)[counts]),
-            right=share_of((after == answer)[counts]),
-        )
-
+    rows, source = torch.arange(len(batch)), None
+    if len(batch):
+        source = run(model, corrupt, record=chosen)
+        rows = _counted(model, batch, source, distractor[batch.read]) if both_right else rows
+    places = [Redirected(site=site, redirected=None, changed=None, right=None) for site in chosen]
+    before = None
+    if source is not None and len(rows):
+        pairs = batch.select(rows)
+        before = run(model, pairs.tokens).logits[pairs.read].argmax(1)
+        places = [_swapped(model, pairs, before, site, position, FromTrace(source, rows)) for site in chosen]
     return Redirection(
-        places=tuple(swapped(site) for site in chosen),
+        places=tuple(places),
+        position=position,
         split=split,
         contrast=contrast,
-        n=int(counts.sum()),
-        skipped_wrong=int((~counts).sum()),
+        n=len(rows),
+        skipped_wrong=len(batch) - len(rows),
         skipped_missing=batch.dropped,
-        right_before=share_of((before == answer)[counts]),
+        right_before=None if before is None else share_of(before == batch.targets[batch.read][rows]),
         provenance=model.provenance,
     )
 
 
-def _columns(name: str, share: Estimate) -> dict[str, float]:
-    return {name: share.mean, f"{name}_low": share.low, f"{name}_high": share.high}
+def _counted(model: Instrumented, batch: Batch, source: Trace, other: Int[Tensor, " batch"]) -> Int[Tensor, " row"]:
+    """The pairs of which both prompts are answered rightly."""
+    right = run(model, batch.tokens).logits[batch.read].argmax(1) == batch.targets[batch.read]
+    return (right & (source.logits[batch.read].argmax(1) == other)).nonzero()[:, 0]
+
+
+def _swapped(
+    model: Instrumented, pairs: Batch, before: Int[Tensor, " batch"], site: Site, position: int, source: FromTrace
+) -> Redirected:
+    """What is answered with the counterparts' state at one place."""
+    patch = Patch(site=site, positions=[position], source=source)
+    after = run(model, pairs.tokens, patches=[patch]).logits[pairs.read].argmax(1)
+    return Redirected(
+        site=site,
+        redirected=share_of(after == pairs.pairs()[1][pairs.read]),
+        changed=share_of(after != before),
+        right=share_of(after == pairs.targets[pairs.read]),
+    )

@@ -11,7 +11,7 @@ must pass before it says anything of reasoning.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from probes.logit_lens import lens_logits
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site, select_sites
-from workbench.intervals import Estimate, share_of
+from workbench.intervals import Estimate, columns_of, mean_of, share_of
 from workbench.runtime import WorkbenchError
 from workbench.tables import Table
 from workbench.tasks.base import Batch, check_choice
@@ -29,7 +29,22 @@ from workbench.tasks.comparing import Comparing
 from workbench.tasks.composition import Composition
 
 SMOOTHING = 1.0
-"""Counts added to every answer of the training set, so that what was never seen has a finite loss."""
+"""Counts added to every answer, so that what training never saw has a finite loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Marginal:
+    """How well one answers from some of the tokens alone."""
+
+    positions: tuple[int, ...]
+    accuracy: Estimate
+    loss: Estimate
+    """Cross-entropy in nats."""
+    n: int
+
+    def label(self, position_labels: Sequence[str]) -> str:
+        """The tokens that are looked at, as a person names them."""
+        return " ".join(position_labels[position] for position in self.positions) or "nothing"
 
 
 def latent_ranks(
@@ -63,11 +78,12 @@ def latent_ranks(
 def label_recall(
     model: Instrumented, task: Comparing, batch: Batch, *, sites: str | Iterable[str | Site]
 ) -> Float[Tensor, "batch site"]:
-    """Share of the attribute's three labels that the lens at the attribute has among its top three: the label space."""
-    labels = task.labels_of(batch)
-    logits = _lens_at(model, batch, select_sites(sites, model), 0)
-    top = logits.topk(labels.shape[1], dim=-1).indices
-    return (top[..., None] == labels[:, None, None]).any(-1).to(logits.dtype).mean(-1)
+    """Share of the attribute's three labels that the lens at the attribute ranks third or better: the label space."""
+    attribute = list(task.position_labels).index("attr")
+    logits = _lens_at(model, batch, select_sites(sites, model), attribute)
+    labels = task.labels_of(batch)[:, None].expand(-1, logits.shape[1], -1)
+    beaten_by = (logits[..., None, :] > logits.gather(-1, labels)[..., None]).sum(-1)
+    return (beaten_by < labels.shape[-1]).to(logits.dtype).mean(-1)
 
 
 def leads(model: Instrumented, batch: Batch) -> Float[Tensor, " batch"]:
@@ -80,36 +96,21 @@ def leads(model: Instrumented, batch: Batch) -> Float[Tensor, " batch"]:
     return logits.gather(1, answer)[:, 0] - logits.scatter(1, answer, -torch.inf).amax(1)
 
 
-def _lens_at(
-    model: Instrumented, batch: Batch, sites: Sequence[Site], position: int
-) -> Float[Tensor, "batch site vocab"]:
-    return lens_logits(model, run(model, batch.tokens, record=sites), sites)[:, :, position]
-
-
 def two_calls(model: Instrumented, task: Composition, batch: Batch) -> Bool[Tensor, " batch"]:
-    """Whether each chain is right when the model is asked hop by hop, its own first answer put into the second."""
+    """Whether each chain is right when the model is asked hop by hop, its own first answer put into the second.
+
+    Raises:
+        WorkbenchError: a prompt that is no chain.
+    """
     head, first, second = batch.tokens.unbind(1)
+    if n := int((second == task.pad_token).sum()):
+        raise WorkbenchError(
+            f"Only a chain can be asked hop by hop; {n} of {len(batch)} prompts are single facts. "
+            "Choose a split of chains, such as 'test'."
+        )
     bridge = _asked(model, task, head, first)
     # What is no entity cannot be the head of a fact: the prompt is asked all the same, and is wrong.
     return _asked(model, task, bridge, second) == batch.targets[batch.read]
-
-
-def _asked(
-    model: Instrumented, task: Composition, head: Int[Tensor, " batch"], relation: Int[Tensor, " batch"]
-) -> Int[Tensor, " batch"]:
-    tokens = torch.stack([head, relation, torch.full_like(head, task.pad_token)], 1)
-    return run(model, tokens).logits[:, 1].argmax(1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Marginal:
-    """How well one answers from some of the tokens alone."""
-
-    positions: tuple[int, ...]
-    accuracy: Estimate
-    loss: float
-    """Mean cross-entropy in nats."""
-    n: int
 
 
 def marginal(train: Batch, batch: Batch, positions: Sequence[int]) -> Marginal:
@@ -120,35 +121,30 @@ def marginal(train: Batch, batch: Batch, positions: Sequence[int]) -> Marginal:
         batch: what is answered, likewise.
         positions: the tokens that are looked at; none is the most common answer.
     """
-    columns = list(positions)
-    keys = torch.cat([train.tokens[:, columns], batch.tokens[:, columns]])
-    group = keys.unique(dim=0, return_inverse=True)[1] if columns else keys.new_zeros(len(keys))
-    answers = train.targets[train.read]
-    known = answers.unique()
-    counts = torch.zeros(int(group.max()) + 1, int(known.max()) + 1, dtype=torch.float64)
-    counts[:, known] = SMOOTHING
-    counts.index_put_((group[: len(train)], answers), torch.ones(len(answers), dtype=torch.float64), accumulate=True)
-    share = (counts / counts.sum(1, keepdim=True))[group[len(train) :]]
-    targets = batch.targets[batch.read]
-    right, loss = _graded(share, targets)
-    return Marginal(positions=tuple(positions), accuracy=share_of(right), loss=loss, n=len(batch))
-
-
-def _graded(share: Float[Tensor, "batch answer"], targets: Int[Tensor, " batch"]) -> tuple[Tensor, float]:
-    inside = targets < share.shape[1]
-    picked = share.gather(1, targets.clamp(max=share.shape[1] - 1)[:, None])[:, 0] * inside
-    return share.argmax(1) == targets, float(-picked.log().mean())
+    seen, wanted = train.targets[train.read], batch.targets[batch.read]
+    known, answer = torch.cat([seen, wanted]).unique(return_inverse=True)
+    tokens = torch.cat([train.tokens, batch.tokens])[:, list(positions)]
+    group = tokens.unique(dim=0, return_inverse=True)[1] if len(positions) else torch.zeros_like(answer)
+    counts = torch.full((int(group.max()) + 1, len(known)), SMOOTHING, dtype=torch.float64)
+    ones = torch.ones(len(seen), dtype=torch.float64)
+    counts.index_put_((group[: len(seen)], answer[: len(seen)]), ones, accumulate=True)
+    share = (counts / counts.sum(1, keepdim=True))[group[len(seen) :]]
+    given = answer[len(seen) :]
+    return Marginal(
+        positions=tuple(positions),
+        accuracy=share_of(share.argmax(1) == given),
+        loss=mean_of(-share.gather(1, given[:, None])[:, 0].log()),
+        n=len(batch),
+    )
 
 
 def marginals_table(marginals: Sequence[Marginal], labels: Sequence[str], split: str) -> Table:
     """The marginal predictors of a split, by the tokens they look at."""
     rows = [
         {
-            "looks_at": " ".join(labels[position] for position in each.positions) or "nothing",
-            "accuracy": each.accuracy.mean,
-            "low": each.accuracy.low,
-            "high": each.accuracy.high,
-            "loss": each.loss,
+            "looks_at": each.label(labels),
+            **columns_of("accuracy", each.accuracy),
+            **columns_of("loss", each.loss),
             "n": each.n,
         }
         for each in marginals
@@ -157,8 +153,23 @@ def marginals_table(marginals: Sequence[Marginal], labels: Sequence[str], split:
         name=f"marginals_{split}",
         frame=pd.DataFrame(rows),
         kind="bar",
-        axes={"x": "looks_at", "y": "accuracy", "low": "low", "high": "high"},
+        axes={"x": "looks_at", "y": "accuracy", "low": "accuracy_low", "high": "accuracy_high"},
         unit="accuracy",
         caption=f"Answers to split {split!r} from the training answers of prompts with the same tokens at these places "
         "alone; 95 % score intervals.",
     )
+
+
+def _lens_at(
+    model: Instrumented, batch: Batch, sites: Sequence[Site], position: int
+) -> Float[Tensor, "batch site vocab"]:
+    trace = run(model, batch.tokens, record=sites)
+    here = replace(trace, activations={site: states[:, [position]] for site, states in trace.activations.items()})
+    return lens_logits(model, here, sites)[:, :, 0]
+
+
+def _asked(
+    model: Instrumented, task: Composition, head: Int[Tensor, " batch"], relation: Int[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    tokens = torch.stack([head, relation, torch.full_like(head, task.pad_token)], 1)
+    return run(model, tokens).logits[:, 1].argmax(1)
