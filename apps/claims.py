@@ -66,9 +66,10 @@ def _table(name: str, found: Sequence[Claim], caption: str) -> Table:
     columns = ["finding", "expected", "found", "low", "high", "n", "holds"]
     if not any(claim.n for claim in found):
         columns = [column for column in columns if column not in ("low", "high", "n")]
-    frame = pd.DataFrame(rows, columns=columns).astype({"found": float})
+    # A count that is not there stays None: as a number it would make decimals of the others.
+    frame = pd.DataFrame(rows, columns=columns, dtype=object).astype({"found": float, "holds": bool})
     if "n" in columns:
-        frame = frame.astype({"low": float, "high": float, "n": "Int64"})
+        frame = frame.astype({"low": float, "high": float})
         caption += " 95 % intervals over n prompts of this one run."
     return Table(name=name, frame=frame, kind="table", axes={}, unit="", caption=caption)
 

@@ -114,10 +114,13 @@ def bar_table(name: str, rows: Rows, *, x: str, series: Mapping[str, str] | None
 
 def all_rows(found: ReasoningMeasures) -> Table:
     """Every number, with its interval, n and what was skipped."""
-    frame = pd.DataFrame(found.rows, columns=["measure", *COLUMNS])
+    rows = [{**row} for row in found.rows]
+    frame = pd.DataFrame(rows, columns=["measure", *COLUMNS], dtype=object)
+    frame = frame.astype({"value": float, "low": float, "high": float, "n": int, "skipped": int})
     return Table(
         name="reasoning_measures",
-        frame=frame.astype({"step": "Int64"}),
+        # The step of a reference line stays None: as a number it would make decimals of the others.
+        frame=frame,
         kind="table",
         axes={},
         unit="",

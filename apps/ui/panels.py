@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -14,6 +15,8 @@ from workbench.tables import Table
 
 PANEL, FRAME = 150, 70
 """Pixels of one panel with its gap, and of what lies around all of them."""
+TITLE = 16
+"""Characters of an axis title that stand in one line."""
 NAME, GAP = 18, 40
 """Pixels of one name in a panel's legend, and of the gap below a panel: many names need a higher one."""
 FROM_0_TO_1 = ("fraction", "mean reciprocal rank")
@@ -22,13 +25,20 @@ HERE = "#b35806"
 INK = "#1f2328"
 
 
-def stacked(tables: Sequence[Table], *, landmarks: Mapping[str, float], here: float | None = None) -> go.Figure:
+def stacked(
+    tables: Sequence[Table],
+    *,
+    landmarks: Mapping[str, float],
+    here: float | None = None,
+    titles: Mapping[str, str] | None = None,
+) -> go.Figure:
     """The curves of several tables on one x axis.
 
     Args:
         tables: of kind `curve`, one panel each.
         landmarks: dashed lines through all panels, by their label.
         here: a solid line.
+        titles: what stands at the axis of some tables, by their name, instead of their unit.
     """
     heights = [panel_height(table) for table in tables]
     spacing = GAP / sum(heights) if len(tables) > 1 else 0.0
@@ -39,7 +49,9 @@ def stacked(tables: Sequence[Table], *, landmarks: Mapping[str, float], here: fl
             # One legend a panel: the same name may mean another curve in the next.
             trace.update(legend=f"legend{row}", legendgroup=f"{row} {trace.name}")
             drawn.add_trace(trace, row=row, col=1)
-        drawn.update_yaxes(type=single.layout.yaxis.type, title=single.layout.yaxis.title, row=row, col=1)
+        title = (titles or {}).get(table.name)
+        written = single.layout.yaxis.title if title is None else "<br>".join(textwrap.wrap(title, TITLE))
+        drawn.update_yaxes(type=single.layout.yaxis.type, title=written, row=row, col=1)
         top = drawn.layout[f"yaxis{row if row > 1 else ''}"].domain[1]
         place = {"y": top, "yanchor": "top", "x": 1.01, "xanchor": "left"}
         drawn.update_layout({f"legend{row}": {**place, "tracegroupgap": 0, "font": {"size": 12}}})

@@ -21,7 +21,7 @@ from workbench.training.checkpoints import Checkpoint, Run
 
 KEPT = 64
 """Causal maps that are kept in memory."""
-KINDS = {"test": "ID", "ood": "OOD"}
+KINDS = {"test": "ID"}
 """What a split holds, where its name does not say it."""
 
 

@@ -23,14 +23,16 @@ from playwright.sync_api import Browser
 from plotly.offline import get_plotlyjs
 
 from apps import report, static_figures
+from apps.claims import at_least, at_most
 from apps.cli import build_parser, main
 from apps.comparison import TOLERANCE, column_difference, compare_tables
-from apps.evidence import Evidence, at_least, at_most, claims, gather, pairs_to_look_at
+from apps.evidence import Evidence, claims, gather, pairs_to_look_at
 from apps.manifest import manifest_of, precision_note, read_manifest, settings_between, train_command
 from apps.references import REFERENCES, references
 from apps.report import build_report, check_out, report_run, rerun_report
 from apps.report_page import cell_text
-from apps.report_sections import Section, sections_of
+from apps.report_sections import sections_of
+from apps.sections import Section
 from apps.static_figures import NO_BROWSER, NO_KALEIDO, draw_static
 from workbench.figures import figure
 from workbench.runtime import WorkbenchError

@@ -41,6 +41,8 @@ CURVES = {
     "Clock or Pizza": "progress_clock_pizza",
     **{panel.title: name for name, panel in PANELS.items()},
 }
+TITLES_OF_CURVES = {name: panel.title for name, panel in PANELS.items()}
+"""What stands at the axis of a curve whose unit does not say what it is of."""
 DEFAULT_CURVES = ("loss", "accuracy", "excluded and restricted loss", "redirect rate", "value at e1")
 LANDING = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
 LANDING_REASONER = ("train_accuracy", "test_accuracy", "ood_accuracy", "hard_accuracy")
@@ -131,7 +133,7 @@ def _curves(run: Run, final: FourierResult | None, step: int, steps: Sequence[in
     shown = [tables[CURVES[name]] for name in offered if name in chosen]
     if shown:
         charts.curves(
-            stacked(shown, landmarks=run.log.landmarks(), here=step),
+            stacked(shown, landmarks=run.log.landmarks(), here=step, titles=TITLES_OF_CURVES),
             key="curves_chart",
             on_click=lambda x: st.session_state.update(step=nearest_step(steps, x)),
         )
