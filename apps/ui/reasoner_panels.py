@@ -31,14 +31,16 @@ def causal_maps(run: Run, shown: Sequence[Checkpoint]) -> None:
     measure = st.segmented_control(
         "Measure", list(CAUSAL), default=CAUSAL[0], required=True, key="causal", bind="query-params"
     )
-    place: tuple[int, int] | None = None
     rows: list[dict[str, object]] = []
     for checkpoint in shown:
         maps = {split: _traced(run.reference, checkpoint.step, checkpoint.sha256, split) for split in _splits(run)}
         for column, (split, traced) in zip(st.columns(len(maps)), maps.items(), strict=True):
             grid = causal_grid(traced, measure)
+            # One place in all maps, also where it is blank.
+            row, cause = charts.read_place(st.query_params.get("cause"), grid.shape) or middle_cell(grid)
+            rows.append({"step": checkpoint.step, "split": split, **cell_numbers(traced, grid, (row, cause))})
             with column:
-                place = charts.heatmap(
+                charts.heatmap(
                     grid.to_numpy(dtype=float),
                     list(grid.index),
                     list(grid.columns),
@@ -48,12 +50,10 @@ def causal_maps(run: Run, shown: Sequence[Checkpoint]) -> None:
                     limit=1.0,
                     diverging=False,
                     choice="cause",
-                    default=middle_cell(grid),
+                    default=(row, cause),
                 )
                 table = next(table for table in traced.tables() if table.name == f"causes_{measure}_{split}")
                 state.download(table, key=f"causes_{split}_{checkpoint.step}")
-            if place is not None:
-                rows.append({"step": checkpoint.step, "split": split, **cell_numbers(traced, grid, place)})
     st.caption(
         f"{SAYS[measure]} States of a changed prompt, put in at one site where the cause stands; blank where no prompt "
         "counts. One colour scale for all checkpoints. Click a cell."
@@ -145,7 +145,7 @@ def latent_ranks(lens: Trajectory, batch: Batch, vocab: Sequence[str], labels: S
         latent = batch.latents[name]
         reciprocal = lens.measures[f"reciprocal_rank_{name}"].mean[:, latent.position]
         title = f"{name} {vocab[int(latent.value[0])]} at {labels[latent.position]}"
-        columns[title] = (1 / reciprocal - 1).round().int().numpy()
+        columns[title] = (1 / reciprocal - 1).round().long().numpy()
     return pd.DataFrame(columns, index=[str(site) for site in lens.sites])
 
 
