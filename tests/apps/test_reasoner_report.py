@@ -237,6 +237,12 @@ def test_the_report_has_what_is_general_and_what_is_its_own(whole: Evidence) -> 
     assert len(names) == len(set(names))
 
 
+def test_every_paper_on_reasoners_is_cited(chains: ReasonerEvidence, looped: ReasonerEvidence) -> None:
+    sections = (*reasoner_sections(chains), *reasoner_sections(looped))
+    cited = {key for section in sections for key in section.references}
+    assert cited >= {"wang2024grokked", "varma2023explaining", "press2023measuring", "dehghani2019universal"}
+
+
 @pytest.mark.slow
 def test_a_run_that_was_not_measured_is_measured_for_its_report(reasoners_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(reasoners_folder / "looped", tmp_path / "looped")

@@ -712,15 +712,24 @@ def test_the_tolerance_is_a_bound() -> None:
 # References ---------------------------------------------------------------------------------------------------------
 
 
+REASONERS_ALONE = {
+    "wang2024grokked",
+    "varma2023explaining",
+    "press2023measuring",
+    "dehghani2019universal",
+    "wilson1927probable",
+}
+
+
 def test_references_are_cited_once_in_their_order(written: Path) -> None:
     text = (written / "references.bib").read_text()
     keys = re.findall(r"^@\w+\{(\w+),$", text, re.MULTILINE)
     assert len(keys) == len(set(keys))
     assert keys[0] == "power2022grokking"
-    assert set(keys) == set(REFERENCES)
+    assert set(keys) == set(REFERENCES) - REASONERS_ALONE
     assert text.count("{") == text.count("}")
     page = (written / "report.html").read_text()
-    assert all(reference.fields["year"] in page for reference in REFERENCES.values())
+    assert all(REFERENCES[key].fields["year"] in page for key in keys)
 
 
 def test_references_by_hand() -> None:
