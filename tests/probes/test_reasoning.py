@@ -30,20 +30,22 @@ def test_latents_are_those_of_the_logit_lens_at_their_own_place(kind, latents):
         torch.testing.assert_close(ranks.mean(0), expected)
 
 
-def test_ranks_one_prompt_at_a_time_among_all_and_among_those_that_could_stand_there():
+@pytest.mark.parametrize(("latent", "position"), [("bridge", 1), ("relation", 2)])
+def test_ranks_one_prompt_at_a_time_among_all_and_among_those_that_could_stand_there(latent, position):
     run = reasoner_run("composition")
     model, batch = run.model(), run.task.examples("test").select(slice(0, 12))
-    whole, among = (latent_ranks(model, batch, "bridge", sites=SITES, among=among) for among in (False, True))
+    whole, among = (latent_ranks(model, batch, latent, sites=SITES, among=among) for among in (False, True))
     sites = select_sites(SITES, model)
     trace = run_model(model, batch.tokens, record=sites)
     for row in range(len(batch)):
-        token = int(batch.latents["bridge"].value[row])
+        token = int(batch.latents[latent].value[row])
         for column, site in enumerate(sites):
-            logits = model.finish(trace[site], {})[row, 1].tolist()
+            logits = model.finish(trace[site], {})[row, position].tolist()
             better = [other for other, logit in enumerate(logits) if logit > logits[token]]
             assert whole[row, column] == pytest.approx(1 / (1 + len(better)))
-            entities = [other for other in better if other < WORLD.entities]
-            assert among[row, column] == pytest.approx(1 / (1 + len(entities)))
+            alike = [other for other in better if (other < WORLD.entities) == (latent == "bridge")]
+            alike = [other for other in alike if other != WORLD.pad_token]
+            assert among[row, column] == pytest.approx(1 / (1 + len(alike)))
     assert (among >= whole).all()
 
 
