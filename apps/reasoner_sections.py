@@ -81,7 +81,7 @@ def _story(evidence: ReasonerEvidence) -> Section:
 
 def _delay(run: Run) -> str:
     paper = PAPER.get(run.task.name)
-    beside = "" if paper is None else f" {paper}; a small world does not show that."
+    beside = "" if paper is None else f" {paper}; this small world does not show that."
     memorised, generalised, delay = run.log.step_memorised, run.log.step_generalised, delay_of(run)
     if delay is None:
         reached = {"memorised": memorised, "generalised": generalised}
@@ -99,10 +99,10 @@ def _delay(run: Run) -> str:
 
 
 def _accuracy_table(evidence: ReasonerEvidence) -> Table:
-    frame = pd.DataFrame(evidence.accuracies)
+    columns = ["split", "checkpoint", "step", "value", "low", "high", "n"]
     return Table(
         name="reasoning_accuracies",
-        frame=frame[["split", "checkpoint", "step", "value", "low", "high", "n"]],
+        frame=pd.DataFrame(evidence.accuracies, columns=columns),
         kind="bar",
         axes={"x": "split", "y": "value", "low": "low", "high": "high", "series": "checkpoint"},
         unit="accuracy",
@@ -237,13 +237,13 @@ def _missing_hop(evidence: ReasonerEvidence) -> Section | None:
     rows = [*evidence.found.find("transplant_before", step=step), *evidence.found.find("transplant", step=step)]
     if not any(row["value"] is not None for row in rows):
         return None
-    labelled = [{**row, "cause": row["site"] or "left alone"} for row in rows]
-    frame = pd.DataFrame([row for row in labelled if row["value"] is not None])
+    labelled = [{**row, "state": row["site"] or "left alone"} for row in rows if row["value"] is not None]
+    columns = ["split", "state", "value", "low", "high", "n", "skipped"]
     table = Table(
         name="reasoning_transplants",
-        frame=frame[["split", "cause", "value", "low", "high", "n", "skipped"]],
+        frame=pd.DataFrame(labelled, columns=columns),
         kind="bar",
-        axes={"x": "split", "y": "value", "series": "cause", "low": "low", "high": "high"},
+        axes={"x": "split", "y": "value", "series": "state", "low": "low", "high": "high"},
         unit="accuracy",
         caption=f"Accuracy left alone, and with the state at r1 of an ID fact with the same bridge at a site, at the "
         f"last checkpoint; {counted(rows)}, 95 % score intervals. Prompts without such a fact are skipped.",
