@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, Literal
 
+from apps.reasoner_rows import Reasoner
+from apps.reasoning import ReasoningMeasures, measured_steps, reasoning_through
 from circuits.patching import PatchMap, patch_each
 from probes.attribution import Attribution, direct_logit_attribution
 from probes.fourier import FourierResult, fourier
@@ -79,9 +82,24 @@ def pairs_of(run: Run, n: int, split: str) -> Batch:
     return run.task.sample(n, split=split, seed=SEED)
 
 
-def measure(run: Run, on_step: Callable[[], None] | None = None) -> ProgressMeasures:
-    """Progress measures at every checkpoint, written beside the log."""
-    measures = measures_of(run, on_step)
+def measure(
+    run: Run, on_progress: Callable[[float], None] = lambda share: None
+) -> ProgressMeasures | ReasoningMeasures | None:
+    """What the run's task is measured by through its checkpoints, written beside the log; None where that is nothing.
+
+    A run on modular arithmetic gets its progress measures, one on composition or comparison those of its reasoning.
+    """
+    told = count(1)
+
+    def step_of(total: int) -> Callable[[], None]:
+        return lambda: on_progress(next(told) / total)
+
+    if isinstance(run.task, Modular):
+        measures = measures_of(run, step_of(len(run.checkpoints)))
+    elif isinstance(run.task, Reasoner):
+        measures = reasoning_through(run, on_step=step_of(len(measured_steps(run))))
+    else:
+        return None
     lines = "".join(json.dumps(row) + "\n" for row in measures.rows)
     write_atomic(run.folder.path / MEASURES, lines.encode())
     return measures

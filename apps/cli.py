@@ -114,6 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     circuit.add_argument("--out", type=Path, help="also write the circuit: .json, .eap.json, .pt, .graphml or .dot")
 
+    reason = add("reason", "what a composition or comparison run has formed: latents, causes, hops")
+    _add_run(reason)
+    reason.add_argument("--n", type=int, default=300, help="prompts of each split to average over")
+
     card = add("scorecard", "circuit finders against models whose circuit is known")
     card.add_argument("--methods", help="comma-separated (default: all)")
     card.add_argument("--circuits", help="comma-separated names of known circuits (default: all)")

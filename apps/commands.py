@@ -10,8 +10,9 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from workbench.store import Result
     from workbench.training.checkpoints import Run
     from workbench.training.imports import Findings
-    from workbench.training.recipes import Recipe
+    from workbench.training.recipe import Recipe
 
 
-ROWS = ("cells", "minimality")
+ROWS = ("cells", "minimality", "rows")
 """Lists of rows that are printed as a table, the first that a result has."""
 RUN_COLUMNS = ("run", "recipe", "steps", "test_accuracy", "step_memorised", "step_generalised", "status")
 
@@ -57,6 +58,7 @@ def recipes(options: argparse.Namespace) -> Printout:
 
 def train(options: argparse.Namespace) -> Printout:
     """Train a recipe, or go on with a run."""
+    from apps.analyses import measure
     from workbench.training.loop import train as train_recipe
 
     with _stopwatch() as clock:
@@ -64,13 +66,15 @@ def train(options: argparse.Namespace) -> Printout:
         with _progress_bar(f"train {folder.reference}", recipe) as on_progress:
             run = train_recipe(recipe, folder, resume=options.resume, on_progress=on_progress)
         if not options.no_measures and is_main_process():
-            _measure_if_possible(run)
+            with _share_bar(f"measure {folder.reference}") as on_share:
+                measure(run, on_share)
     last = run.log.rows[-1]
     content = {
         "run": folder.reference,
         "steps": last["step"],
         **clock,
-        **{key: last[key] for key in ("train_loss", "test_loss", "train_accuracy", "test_accuracy")},
+        **{f"{split}_loss": last[f"{split}_loss"] for split in ("train", "test")},
+        **accuracies(run),
         "step_memorised": run.log.step_memorised,
         "step_generalised": run.log.step_generalised,
         "reason": run.status["reason"],
@@ -189,6 +193,28 @@ def _circuit_over_seeds(options: argparse.Namespace) -> Printout:
         f"Edges that all find: {', '.join(agreement['shared']) or 'none'}",
     ]
     return Printout(content={**found, **clock}, text="\n\n".join(text))
+
+
+def reason(options: argparse.Namespace) -> Printout:
+    """The measures of a reasoner at one checkpoint, or through training."""
+    from apps.reasoning import measured_steps, reasoner_task, reasoning_of, reasoning_through
+    from workbench.training.checkpoints import load
+
+    if options.checkpoint != "all":
+        return _analyse(options, "reasoning", reasoning_of, {"n": options.n})
+    run = load(options.run, runs=options.runs)
+    reasoner_task(run)
+    told, total = count(1), len(measured_steps(run))
+    with _share_bar(f"reason {options.run}") as on_progress:
+
+        def through(run: Run, step: int | None, *, n: int) -> Result:
+            return reasoning_through(run, n=n, on_step=lambda: on_progress(next(told) / total))
+
+        once = argparse.Namespace(**{**vars(options), "checkpoint": None})
+        printout = _analyse(once, "reasoning_history", through, {"n": options.n})
+    # As text the last checkpoint's rows: those of all are for programs.
+    last = [row for row in printout.content["rows"] if row["step"] in (None, run.checkpoint().step)]
+    return replace(printout, text=_pairs(_scalars(printout.content)) + "\n\n" + _columns(last, tuple(last[0])))
 
 
 def scorecard(options: argparse.Namespace) -> Printout:
@@ -321,6 +347,8 @@ def _run_to_start(options: argparse.Namespace) -> tuple[Recipe, RunFolder]:
     recipe = find_recipe(options.recipe)
     recipe = recipe if options.seed is None else recipe.with_seed(options.seed)
     recipe = recipe.override(options.set)
+    # A world that cannot be is refused before there is a folder for it.
+    recipe.task.examples(recipe.task.splits[0])
     name = recipe.name if options.run is None else options.run
     if is_main_process():
         return recipe, new_run(name, options.runs)
@@ -338,15 +366,6 @@ def _run_to_continue(options: argparse.Namespace) -> tuple[Recipe, RunFolder]:
     if run.recipe.train is None:
         raise WorkbenchError(f"Run {name!r} was imported: it has no training to go on with. Train a recipe instead.")
     return run.recipe, run.folder
-
-
-def _measure_if_possible(run: Run) -> None:
-    from apps.analyses import measure
-    from workbench.tasks.modular import Modular
-
-    if isinstance(run.task, Modular):
-        with _steps_bar("measure", len(run.checkpoints)) as on_step:
-            measure(run, on_step)
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -372,6 +391,14 @@ def list_runs(root: Path | None = None) -> list[dict[str, Any]]:
         except WorkbenchError as error:
             rows.append(dict.fromkeys(RUN_COLUMNS) | {"run": name, "status": f"unreadable: {error}"})
     return rows
+
+
+def accuracies(run: Run) -> dict[str, float]:
+    """The last accuracy on each split that is measured; where there are OOD facts, test's goes by `id` too."""
+    last, measured = run.log.rows[-1], run.task.measured
+    found = {f"{split}_accuracy": last[f"{split}_accuracy"] for split in measured}
+    has_ood = any("ood" in split for split in measured)
+    return {**found, **({"id_accuracy": found["test_accuracy"]} if has_ood else {})}
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -492,14 +519,3 @@ def _share_bar(title: str) -> Iterator[Callable[[float], None]]:
             progress.update(bar, completed=share)
 
         yield on_progress
-
-
-@contextmanager
-def _steps_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A plain bar on standard error, advanced once for each checkpoint."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task(title, total=total)
-        yield lambda: progress.advance(bar)

@@ -2,7 +2,8 @@
 
 `gather` runs the standard analyses once. One that does not apply (Fourier analysis of imported pairs, say) or that the
 run refuses (no headroom) is left out with its reason. `claims` then holds what was found against what the literature
-leads one to expect of a grokked network; what fails is reported like what holds.
+leads one to expect of a grokked network; what fails is reported like what holds. A run on composition or comparison has
+evidence and claims of its own, in `apps.reasoner_evidence`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
-
-import pandas as pd
 
 from apps.agreements_of_runs import FinderCircuits, finders_of
 from apps.analyses import (
@@ -27,6 +26,9 @@ from apps.analyses import (
     shuffled_fourier_of,
 )
 from apps.circuits_of_runs import circuit_of, clusters_of, history_of
+from apps.claims import Claim, at_least, at_most
+from apps.reasoner_evidence import ReasonerEvidence, gather_reasoner, reasoner_claims
+from apps.reasoner_rows import Reasoner
 from circuits.clusters import ClusterShares
 from circuits.faithfulness import Evaluation
 from circuits.moments import CircuitHistory
@@ -36,7 +38,6 @@ from probes.fourier import FourierResult
 from probes.logit_lens import Trajectory
 from probes.progress import ProgressMeasures
 from workbench.runtime import WorkbenchError
-from workbench.tables import Table
 from workbench.training.checkpoints import MEASURES, Run
 
 Found = TypeVar("Found")
@@ -75,19 +76,10 @@ class Evidence:
     """What the neurons of each key frequency carry."""
     history: CircuitHistory | None
     """The circuit of that size at every checkpoint."""
+    reasoner: ReasonerEvidence | None
+    """What a run on composition or comparison has formed; None of another run."""
     left_out: Mapping[str, str]
     """Why an analysis is not there, by its name."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claim:
-    """An expected finding, and what was found."""
-
-    statement: str
-    wanted: str
-    found: float | None
-    """None where it was never reached or not measured."""
-    holds: bool
 
 
 def gather(run: Run) -> Evidence:
@@ -102,7 +94,8 @@ def gather(run: Run) -> Evidence:
             return None
 
     split, n = pairs_to_look_at(run)
-    final = attempt("Fourier analysis", lambda: fourier_of(run))
+    is_reasoner = isinstance(run.task, Reasoner)
+    final = None if is_reasoner else attempt("Fourier analysis", lambda: fourier_of(run))
     circuit = attempt("circuit", lambda: circuit_of(run, n=n, split=split))
     return Evidence(
         run=run,
@@ -123,6 +116,7 @@ def gather(run: Run) -> Evidence:
         history=None
         if circuit is None
         else attempt("circuit through training", lambda: _history(run, circuit, n, split)),
+        reasoner=attempt("measures of reasoning", lambda: gather_reasoner(run)) if is_reasoner else None,
         left_out=left_out,
     )
 
@@ -165,34 +159,9 @@ def _progress(run: Run, final: FourierResult) -> ProgressMeasures:
 
 def claims(evidence: Evidence) -> tuple[Claim, ...]:
     """The expected findings that the evidence can speak to."""
+    if evidence.reasoner is not None:
+        return reasoner_claims(evidence.reasoner)
     return (*_training_claims(evidence.run), *_fourier_claims(evidence), *_progress_claims(evidence))
-
-
-def claims_table(found: tuple[Claim, ...]) -> Table:
-    """The claims, one a row."""
-    rows = [
-        {"finding": claim.statement, "expected": claim.wanted, "found": claim.found, "holds": claim.holds}
-        for claim in found
-    ]
-    return Table(
-        name="claims",
-        frame=pd.DataFrame(rows, columns=["finding", "expected", "found", "holds"]).astype({"found": float}),
-        kind="table",
-        axes={},
-        unit="",
-        caption="What one expects of a network that has grokked, and what this run shows. An empty cell was never "
-        "reached.",
-    )
-
-
-def at_least(statement: str, found: float | None, bound: float) -> Claim:
-    """A claim that holds from `bound` on."""
-    return Claim(statement=statement, wanted=f"≥ {bound:.4g}", found=found, holds=found is not None and found >= bound)
-
-
-def at_most(statement: str, found: float | None, bound: float) -> Claim:
-    """A claim that holds up to `bound`."""
-    return Claim(statement=statement, wanted=f"≤ {bound:.4g}", found=found, holds=found is not None and found <= bound)
 
 
 def _training_claims(run: Run) -> Iterator[Claim]:

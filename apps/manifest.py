@@ -14,7 +14,8 @@ from apps.doctor import examine
 from workbench.runtime import WorkbenchError
 from workbench.store import digest, read_json
 from workbench.training.checkpoints import MEASURES, METRICS, Run
-from workbench.training.recipes import RECIPES, TASKS, Recipe
+from workbench.training.recipe import TASKS, Recipe
+from workbench.training.recipes import RECIPES
 
 FORMAT = 1
 NAME = "manifest.json"

@@ -33,7 +33,8 @@ from apps.manifest import NAME as MANIFEST
 from apps.manifest import manifest_of, read_manifest
 from apps.references import references
 from apps.report_page import PLOTLY_CONFIG, render
-from apps.report_sections import Section, sections_of
+from apps.report_sections import sections_of
+from apps.sections import Section
 from apps.static_figures import draw_static
 from workbench.figures import figure, with_landmarks
 from workbench.runtime import WorkbenchError

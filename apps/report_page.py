@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from apps.references import Reference
-from apps.report_sections import Section
+from apps.sections import Section
 from workbench.tables import Table
 
 ROWS_SHOWN = 100

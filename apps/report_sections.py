@@ -1,39 +1,29 @@
-"""The sections of a report: what was done, how, on how many examples, and the tables that show it.
+"""The sections of a report, from the summary to the last analysis.
 
-A section is text and tables; how it looks on the page is not its business.
+A section is text and tables; how it looks on the page is not its business. What only a run on composition or comparison
+has is in `apps.reasoner_sections`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
-from apps.evidence import Evidence, claims, claims_table
+from apps.claims import Claim, claims_tables
+from apps.evidence import Evidence, claims
+from apps.reasoner_sections import WANG, reasoner_sections
+from apps.sections import Section
 from apps.shipped_card import shipped_card
 from probes.fourier import LOSS_LABELS, FourierResult
 from workbench.intervals import Estimate
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
-from workbench.training.recipes import Recipe
+from workbench.training.recipe import Recipe
 
 MOST_BARS = 60
 """Bars of a picture."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Section:
-    """A heading, a text, and tables with their pictures."""
-
-    title: str
-    text: str
-    """Paragraphs, an empty line between them."""
-    tables: tuple[Table, ...] = ()
-    landmarks: Mapping[str, int] = field(default_factory=dict)
-    """Steps to mark in curves over steps."""
-    references: tuple[str, ...] = ()
-    """Keys of the papers that the methods come from."""
 
 
 def sections_of(evidence: Evidence) -> tuple[Section, ...]:
@@ -41,6 +31,7 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
     found = (
         _summary(evidence),
         _training(evidence.run),
+        *(() if evidence.reasoner is None else reasoner_sections(evidence.reasoner)),
         _progress(evidence),
         _fourier(evidence),
         _controls(evidence),
@@ -58,24 +49,26 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
 
 def _summary(evidence: Evidence) -> Section:
     run = evidence.run
-    held = claims(evidence)
-    failed = [claim for claim in held if not claim.holds]
+    found = claims(evidence)
+    held = [claim for claim in found if not claim.free]
     paragraphs = [f"{_name(run)} {_describe(run.recipe)} {_story(run)}"]
     if evidence.final is not None:
         keys = ", ".join(map(str, evidence.final.key_frequencies)) or "none"
         paragraphs.append(f"Key frequencies of the final checkpoint: {keys}.")
     if held:
-        paragraphs.append(f"Of {len(held)} findings that one expects of a grokked network, {_verdict(held, failed)}")
+        paragraphs.append(f"Of {len(held)} findings that one expects of a grokked network, {_verdict(held)}")
     paragraphs += [f"Left out: {name}. {reason}" for name, reason in evidence.left_out.items()]
+    literature = ("power2022grokking", "nanda2023progress" if evidence.reasoner is None else WANG)
     return Section(
         title="Summary",
         text="\n\n".join(paragraphs),
-        tables=(claims_table(held),) if held else (),
-        references=("power2022grokking", "nanda2023progress") if held else (),
+        tables=claims_tables(found) if held else (),
+        references=literature if held else (),
     )
 
 
-def _verdict(held: tuple[object, ...], failed: list) -> str:
+def _verdict(held: Sequence[Claim]) -> str:
+    failed = [claim for claim in held if not claim.holds]
     if not failed:
         return "this run shows all."
     names = "; ".join(claim.statement for claim in failed)

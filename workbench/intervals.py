@@ -28,6 +28,12 @@ class Estimate:
     high: float
 
 
+def columns_of(name: str, found: Estimate | None) -> dict[str, float | None]:
+    """A mean and its interval as columns `name`, `name_low` and `name_high`: empty where there is none."""
+    mean, low, high = (None, None, None) if found is None else (found.mean, found.low, found.high)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
 def share_of(true: Bool[Tensor, " example"]) -> Estimate:
     """The share that is true, with its 95 % score interval, which stays honest at 0 and 1 (Wilson 1927).
 
@@ -42,6 +48,16 @@ def share_of(true: Bool[Tensor, " example"]) -> Estimate:
     half = NORMAL_95 / (1 + square / n) * (mean * (1 - mean) / n + square / (4 * n * n)) ** 0.5
     # Rounding may put an end a hair beyond the mean at 0 and 1.
     return Estimate(mean=mean, low=min(mean, max(0.0, middle - half)), high=max(mean, min(1.0, middle + half)))
+
+
+def mean_of(values: Float[Tensor, " example"], *, seed: int = 0) -> Estimate:
+    """The mean over examples with its bootstrap interval.
+
+    Raises:
+        WorkbenchError: there is no example.
+    """
+    low, high = paired_bootstrap(values, seed=seed)
+    return Estimate(mean=float(values.double().mean()), low=float(low), high=float(high))
 
 
 def paired_bootstrap(

@@ -17,6 +17,7 @@ from probes.places import PlaceReading, read_place
 from workbench.instrument.answers import Answers, top_answers
 from workbench.instrument.passes import run as run_model
 from workbench.models.transformer import Transformer
+from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Batch, Task
 
 KEPT = 256
@@ -50,7 +51,17 @@ class Asked:
 
 
 def paired(clean: Batch, other: Batch) -> Batch:
-    """A prompt with another one as its counterfactual."""
+    """A prompt with another one as its counterfactual.
+
+    Raises:
+        WorkbenchError: the two are not answered at the same place.
+    """
+    if clean.read.shape == other.read.shape and (clean.read != other.read).any():
+        places = [int(batch.read[0].nonzero()[0]) for batch in (clean, other)]
+        raise WorkbenchError(
+            f"The prompt is answered at position {places[0]} and its counterfactual at {places[1]}. "
+            "Give two prompts of one length."
+        )
     return replace(clean, corrupt=other.tokens, distractor=other.targets)
 
 
@@ -105,6 +116,16 @@ def swapped_over(asked: Asked, cell: Cell, base: Base, source: str, text: str | 
 def trajectory(asked: Asked) -> Trajectory:
     """The logit lens on the clean prompt."""
     return logit_lens(_model(asked), asked.batch, position_labels=asked.labels)
+
+
+@st.cache_resource(max_entries=KEPT, show_spinner=False)
+def split_of(asked: Asked) -> str | None:
+    """The narrowest split that has the clean prompt, if any has."""
+    task, tokens = asked.task, asked.batch.tokens
+    for split in reversed(task.splits):
+        if (task.examples(split).tokens == tokens).all(1).any():
+            return split
+    return None
 
 
 @st.cache_resource(max_entries=KEPT, show_spinner=False)

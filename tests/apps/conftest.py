@@ -25,7 +25,8 @@ from workbench.store import new_run, write_json
 from workbench.tasks.pairs import Pairs
 from workbench.training.checkpoints import save_checkpoint
 from workbench.training.loop import train
-from workbench.training.recipes import Recipe, modular_smoke
+from workbench.training.recipe import Recipe
+from workbench.training.recipes import find_recipe, modular_smoke
 
 START_SECONDS = 60.0
 ACTION_MILLISECONDS = 30_000
@@ -78,6 +79,24 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with one finished, measured run called `small`."""
     folder = tmp_path_factory.mktemp("runs")
     measure(train(small_recipe(), new_run("small", folder)))
+    return folder
+
+
+TINY = ("d_model=32", "n_heads=2", "d_head=16", "d_mlp=64", "batch_size=128", "warmup_steps=10")
+CHAINS = (*TINY, "entities=20", "relations=5", "out_degree=4", "phi=2", "learning_rate=0.004", "evaluate_every=10")
+REASONERS = {
+    "chains": ("composition-smoke", [*CHAINS, "steps=160"]),
+    "looped": ("composition-smoke", [*CHAINS, "steps=20", "schedule=[0,1,0,1]"]),
+    "values": ("comparison-smoke", [*TINY, "entities=20", "attributes=2", "values=4", "phi=4", "steps=60"]),
+}
+
+
+@pytest.fixture(scope="session")
+def reasoners_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder with measured runs on composition (`chains`, and `looped` with shared blocks) and comparison."""
+    folder = tmp_path_factory.mktemp("reasoners")
+    for name, (recipe, settings) in REASONERS.items():
+        measure(train(find_recipe(recipe).override(settings), new_run(name, folder)))
     return folder
 
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from apps.ui.panels import effect_grid, stacked
+from apps.ui.panels import GAP, NAME, PANEL, effect_grid, panel_height, stacked
 from circuits.patching import patch_each
 from workbench.models.config import ModelConfig
 from workbench.models.transformer import Transformer
@@ -34,6 +34,30 @@ def test_landmarks_and_the_place_where_one_is_go_through_every_panel() -> None:
     assert lines == [(50, "dash"), (50, "dash"), (70, None), (70, None), (90, "dash"), (90, "dash")]
     assert [note.text for note in drawn.layout.annotations] == ["memorised", "generalised"]
     assert not stacked(tables, landmarks={}).layout.shapes
+
+
+def test_a_panel_has_room_for_the_names_of_its_curves() -> None:
+    few = curve("few", "fraction")
+    names = [f"split {place}" for place in range(12)]
+    frame = pd.DataFrame({"step": [0] * 12, "many": [1.0] * 12, "split": names})
+    many = Table(
+        name="many", frame=frame, kind="curve", axes={**few.axes, "y": "many"}, unit="fraction", caption="Many."
+    )
+    assert (panel_height(few), panel_height(many)) == (PANEL, 12 * NAME + GAP)
+    upper, lower = (
+        axis.domain[1] - axis.domain[0]
+        for drawn in [stacked([few, many], landmarks={})]
+        for axis in (drawn.layout.yaxis, drawn.layout.yaxis2)
+    )
+    assert lower / upper == pytest.approx((12 * NAME + GAP) / PANEL)
+
+
+def test_an_axis_says_what_it_is_told_to() -> None:
+    drawn = stacked(
+        [curve("loss", "nats"), curve("rank", "fraction")], landmarks={}, titles={"rank": "second relation at r2"}
+    )
+    assert drawn.layout.yaxis.title.text == "loss (nats)"
+    assert drawn.layout.yaxis2.title.text == "second relation<br>at r2"
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

@@ -23,14 +23,16 @@ from playwright.sync_api import Browser
 from plotly.offline import get_plotlyjs
 
 from apps import agreements_of_runs, report, report_sections, static_figures
+from apps.claims import at_least, at_most
 from apps.cli import build_parser, main
 from apps.comparison import TOLERANCE, column_difference, compare_tables
-from apps.evidence import Evidence, at_least, at_most, claims, gather, pairs_to_look_at
+from apps.evidence import Evidence, claims, gather, pairs_to_look_at
 from apps.manifest import manifest_of, precision_note, read_manifest, settings_between, train_command
 from apps.references import REFERENCES, references
 from apps.report import build_report, check_out, report_run, rerun_report
 from apps.report_page import cell_text
-from apps.report_sections import Section, sections_of
+from apps.report_sections import sections_of
+from apps.sections import Section
 from apps.static_figures import NO_BROWSER, NO_KALEIDO, draw_static
 from workbench.figures import figure
 from workbench.runtime import WorkbenchError
@@ -749,15 +751,24 @@ def test_the_tolerance_is_a_bound() -> None:
 # References ---------------------------------------------------------------------------------------------------------
 
 
+REASONERS_ALONE = {
+    "wang2024grokked",
+    "varma2023explaining",
+    "press2023measuring",
+    "dehghani2019universal",
+    "wilson1927probable",
+}
+
+
 def test_references_are_cited_once_in_their_order(written: Path) -> None:
     text = (written / "references.bib").read_text()
     keys = re.findall(r"^@\w+\{(\w+),$", text, re.MULTILINE)
     assert len(keys) == len(set(keys))
     assert keys[0] == "power2022grokking"
-    assert set(keys) == set(REFERENCES)
+    assert set(keys) == set(REFERENCES) - REASONERS_ALONE
     assert text.count("{") == text.count("}")
     page = (written / "report.html").read_text()
-    assert all(reference.fields["year"] in page for reference in REFERENCES.values())
+    assert all(REFERENCES[key].fields["year"] in page for key in keys)
 
 
 def test_references_by_hand() -> None:

@@ -8,6 +8,7 @@ from workbench.store import new_run
 from workbench.training.loop import train
 from workbench.training.recipes import find_recipe
 
+CHAINS = ["entities=20", "relations=5", "out_degree=4", "phi=2", "d_model=32", "n_heads=2", "d_head=16", "d_mlp=64"]
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
@@ -17,10 +18,22 @@ def smoke_run(tmp_path_factory):
     return train(recipe, new_run("smoke", tmp_path_factory.mktemp("runs")))
 
 
+@pytest.fixture(scope="module")
+def reasoners(tmp_path_factory):
+    """Two runs on chains, the second with blocks that are shared."""
+    recipe = find_recipe("composition-smoke").override([*CHAINS, "batch_size=128", "learning_rate=0.004"])
+    runs = tmp_path_factory.mktemp("reasoners")
+    chains = train(recipe.override(["steps=160"]), new_run("chains", runs))
+    return chains, train(recipe.override(["steps=20", "schedule=[0,1,0,1]"]), new_run("looped", runs))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_from_top_to_bottom(path, smoke_run, monkeypatch):
+def test_notebook_runs_from_top_to_bottom(path, smoke_run, reasoners, monkeypatch):
+    chains, looped = reasoners
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_RUN", str(smoke_run.folder.path))
+    monkeypatch.setenv("WORKBENCH_NOTEBOOK_REASONER", str(chains.folder.path))
+    monkeypatch.setenv("WORKBENCH_NOTEBOOK_LOOPED", str(looped.folder.path))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

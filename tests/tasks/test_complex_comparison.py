@@ -164,7 +164,7 @@ def test_hard_questions_are_those_of_the_loops(seed):
         for sign in SIGNS
     )
     with pytest.raises(WorkbenchError, match=rf"This world has {n} hard questions answered by .*{n + 1} are wanted"):
-        small(seed=seed, questions_per_label=n + 1)
+        small(seed=seed, questions_per_label=n + 1).examples("hard")
 
 
 def test_hard_questions_are_balanced_and_not_of_one_attribute():
@@ -214,7 +214,7 @@ def test_prompts_latents_and_pairs_are_those_of_comparison():
 )
 def test_worlds_that_cannot_be(fields, message):
     with pytest.raises(WorkbenchError, match=message):
-        ComplexComparison(**fields)
+        ComplexComparison(**fields).examples("train")
 
 
 def test_unknown_splits():

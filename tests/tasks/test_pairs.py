@@ -9,7 +9,7 @@ from workbench.models.config import ModelConfig
 from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Task
 from workbench.tasks.pairs import Pairs
-from workbench.training.recipes import Recipe
+from workbench.training.recipe import Recipe
 
 VOCAB = ("pad", "a", "b", "c", "d")
 

@@ -79,19 +79,33 @@ def test_export_keeps_log_and_story_in_the_precision_asked_for(run, tmp_path):
         assert torch.equal(tensor, whole[name].half().float())
 
 
-def test_thinning_puts_half_between_memorising_and_generalising(tmp_path):
-    folder = new_run("story", tmp_path)
+def story(folder, *, memorised, generalised):
+    """A run of 3,000 steps with its two moments."""
     recipe = find_recipe("modular-smoke").override(["p=13", "d_model=16", "d_head=4", "d_mlp=32"])
     lines = []
     for step in range(0, 3001, 50):
         save_checkpoint(folder, step, {"w": torch.zeros(1)}, ["schedule"], dtype=torch.float32)
-        accuracy = {"train_accuracy": float(step >= 500), "test_accuracy": float(step >= 2000)}
+        accuracy = {"train_accuracy": float(step >= memorised), "test_accuracy": float(step >= generalised)}
         lines.append(json.dumps({"step": step, **accuracy}))
     (folder.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    steps = [each.step for each in thin(Run(folder=folder, recipe=recipe), 16)]
+    return Run(folder=folder, recipe=recipe)
+
+
+# A run may also generalise first.
+@pytest.mark.parametrize(("memorised", "generalised"), [(500, 2000), (2000, 500)])
+def test_thinning_puts_half_between_memorising_and_generalising(tmp_path, memorised, generalised):
+    run = story(new_run("story", tmp_path), memorised=memorised, generalised=generalised)
+    steps = [each.step for each in thin(run, 16)]
     assert len(steps) == 16
     assert len([step for step in steps if 500 <= step <= 2000]) == 8
     assert {0, 500, 2000, 3000} <= set(steps)
+
+
+def test_thinning_spends_all_its_checkpoints(tmp_path):
+    run = story(new_run("story", tmp_path), memorised=50, generalised=9999)
+    steps = [each.step for each in thin(run, 16)]
+    assert len(steps) == 16
+    assert {0, 50, 3000} <= set(steps)
 
 
 def test_run_without_checkpoints_says_so(tmp_path):

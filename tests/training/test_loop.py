@@ -22,7 +22,8 @@ from workbench.tasks.pairs import Pairs
 from workbench.training import loop
 from workbench.training.checkpoints import load
 from workbench.training.loop import Interrupted, Trainer, is_evaluation, train
-from workbench.training.recipes import TrainConfig, find_recipe
+from workbench.training.recipe import TrainConfig
+from workbench.training.recipes import find_recipe
 
 TINY = ["p=13", "d_model=16", "d_head=4", "d_mlp=32", "steps=60", "stop_when_clean=false"]
 

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import jaxtyping
@@ -7,9 +8,13 @@ import pytest
 from workbench.models.config import ModelConfig
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
+from workbench.store import new_run
+from workbench.tasks import complex_comparison
 from workbench.tasks.pairs import Pairs
 from workbench.training.checkpoints import load
-from workbench.training.recipes import RECIPES, Recipe, TrainConfig, find_recipe
+from workbench.training.loop import train
+from workbench.training.recipe import Recipe, TrainConfig
+from workbench.training.recipes import RECIPES, find_recipe
 
 OWN = """
 from dataclasses import dataclass, replace
@@ -77,6 +82,58 @@ def test_shipped_recipes_build_and_survive_json(name):
     assert recipe.shows
     Transformer(recipe.model, generator=None)
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_a_world_that_takes_seconds_is_not_built_with_its_recipe():
+    before = complex_comparison._questions.cache_info().misses
+    recipe = find_recipe("complex-comparison-paper")
+    assert complex_comparison._questions.cache_info().misses == before
+    assert (recipe.task.entities, recipe.model.d_vocab) == (1000, len(recipe.task.vocab))
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("-smoke")])
+def test_smoke_recipes_train(name, tmp_path):
+    recipe = find_recipe(name).override(["steps=3", "d_model=16", "n_heads=1", "d_head=16", "d_mlp=16"])
+    run = train(recipe, new_run(name, tmp_path))
+    assert [row["step"] for row in run.log.rows] == [0, 1, 2, 3]
+    for row in run.log.rows:
+        assert all(math.isfinite(row[f"{split}_loss"]) for split in recipe.task.measured)
+    assert run.log.rows[-1]["train_loss"] < run.log.rows[0]["train_loss"]
+    assert load(name, runs=tmp_path).recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "steps", "wanted"),
+    [
+        ("composition", "composition", (0, 1, 2), {"phi": 7.0}),
+        ("composition-shared", "composition", (0, 1, 0, 1), {"phi": 7.0}),
+        ("composition-depth1", "composition", (0,), {"phi": 7.0}),
+        ("composition-phi-2", "composition", (0, 1, 2), {"phi": 2.0}),
+        ("composition-phi-7.2", "composition", (0, 1, 2), {"phi": 7.2}),
+        ("composition-covered", "composition", (0, 1, 2), {"role_coverage": 0.5}),
+        ("composition-shared-paper", "composition", (0, 1, 2, 3) * 2, {"phi": 12.6, "entities": 2000}),
+        ("comparison", "comparison", (0, 1, 2), {"phi": 40.0}),
+    ],
+)
+def test_reasoners_differ_in_what_they_are_named_for(name, task, steps, wanted):
+    recipe = find_recipe(name)
+    assert (recipe.task.name, recipe.model.steps) == (task, steps)
+    assert {field: getattr(recipe.task, field) for field in wanted} == wanted
+    assert recipe.model.d_vocab == recipe.model.d_vocab_out == len(recipe.task.vocab)
+
+
+def test_the_papers_training_of_reasoners():
+    recipe = find_recipe("composition-paper")
+    assert (recipe.task.relations, recipe.task.out_degree, recipe.task.phi) == (200, 20, 9.0)
+    assert (recipe.model.n_layers, recipe.model.d_model, recipe.model.n_heads, recipe.model.d_mlp) == (8, 768, 12, 3072)
+    assert (recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.batch_size) == (1e-4, 0.1, 512)
+    assert (recipe.train.dropout, recipe.train.betas, recipe.train.warmup_steps) == (0.1, (0.9, 0.999), 2_000)
+    assert find_recipe("composition-shared-paper").train.weight_decay == 0.3
+
+
+def test_a_world_of_another_size_brings_its_vocabulary():
+    recipe = find_recipe("composition").override(["entities=50", "relations=15"])
+    assert (recipe.model.d_vocab, recipe.model.d_vocab_out) == (66, 66)
 
 
 def test_published_setting():

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from workbench.intervals import (
+    Estimate,
+    columns_of,
     discoveries,
+    mean_of,
     paired_bootstrap,
     ratio_bootstrap,
     share_of,
@@ -219,3 +222,17 @@ def test_score_interval_is_scipys() -> None:
 def test_a_share_of_nothing_is_refused() -> None:
     with pytest.raises(WorkbenchError, match="at least one example; got none"):
         share_of(torch.zeros(0, dtype=torch.bool))
+
+
+def test_a_mean_brings_its_bootstrap_interval() -> None:
+    values = torch.tensor([0.5, 2.0, 4.0])
+    low, high = paired_bootstrap(values, seed=3)
+    assert mean_of(values, seed=3) == Estimate(mean=6.5 / 3, low=float(low), high=float(high))
+    with pytest.raises(WorkbenchError, match="needs at least one example"):
+        mean_of(values[:0])
+
+
+def test_columns_of_an_estimate_and_of_none() -> None:
+    found = columns_of("x", Estimate(mean=0.5, low=0.25, high=1.0))
+    assert found == {"x": 0.5, "x_low": 0.25, "x_high": 1.0}
+    assert columns_of("x", None) == dict.fromkeys(found)

@@ -25,6 +25,8 @@ class Latent:
 
     value: Int[Tensor, " batch"]
     position: int
+    among: range | None = None
+    """The tokens that could name it, where they stand side by side in the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

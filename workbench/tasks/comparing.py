@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from workbench.runtime import WorkbenchError, generator
 from workbench.tasks.base import Batch, Latent, check_choice, join
-from workbench.tasks.facts import Change, FactTask, check_counts, check_fractions, choose, count_share
+from workbench.tasks.facts import Change, FactTask, Perturbed, check_counts, check_fractions, choose, count_share
 
 ASKS, MASK, PAD = "<q>", "<mask>", "<pad>"
 SIGNS = "<=>"
@@ -93,6 +94,8 @@ class Comparing(FactTask):
     contrasts = ("e1", "e2", "attr", "entity")
     solved_accuracy = 0.97
     position_labels = ("attr", ASKS, "e1", MASK, "e2")
+    # With the tokens behind attr and e1, which carry nothing of their own, as the paper has them.
+    causes: ClassVar[Mapping[str, Sequence[int]]] = {"attr": (0, 1), "e1": (2, 3), "e2": (4,)}
 
     entities: int = 200
     attributes: int = 4
@@ -157,6 +160,22 @@ class Comparing(FactTask):
             given = values - self._first_value
             answer = self._label(question.attribute, *((given, v2) if latent == "v1" else (v1, given)))
         return torch.where(batch.read, answer[:, None], 0)
+
+    def labels_of(self, batch: Batch) -> Int[Tensor, "batch label"]:
+        """The three labels of each prompt's attribute: less, equal, more."""
+        attribute = self._question(batch).attribute
+        return self._first_label + len(SIGNS) * attribute[:, None] + torch.arange(len(SIGNS))
+
+    def perturbed(self, batch: Batch, cause: str, *, seed: int | torch.Generator = 0) -> Perturbed:
+        """The prompts with another `attr`, `e1` or `e2`, as `contrast` changes them: every such prompt has an answer.
+
+        Raises:
+            WorkbenchError: no such cause.
+        """
+        check_choice("cause", cause, list(self.causes))
+        change = self._change(batch, cause, generator(seed, "perturbed"))
+        tokens = torch.where(change.kept[:, None], change.tokens, batch.tokens)
+        return Perturbed(tokens=tokens, defined=change.kept, answer=change.answer, kept=change.kept)
 
     def prompt(self, text: str) -> Batch:
         """One typed prompt: a comparison, `attr2 <q> e3 <mask> e5` or `attr2 e3 e5` for short, or a fact, `e3 attr2`.
@@ -300,6 +319,8 @@ class Comparing(FactTask):
         latents: Mapping[str, Latent] = {"answer": Latent(value=answer, position=at)}
         if not atomic:
             v1, v2 = (self._first_value + self._value(attribute, entity) for entity in (e1, e2))
-            latents = {"v1": Latent(value=v1, position=2), "v2": Latent(value=v2, position=4), **latents}
+            values = range(self._first_value, self._first_label)
+            v1, v2 = Latent(value=v1, position=2, among=values), Latent(value=v2, position=4, among=values)
+            latents = {"v1": v1, "v2": v2, **latents}
         targets = torch.where(read, answer[:, None], 0)
         return Batch(tokens=self._tokens(question), targets=targets, read=read, latents=latents)

@@ -55,15 +55,6 @@ class ComplexComparison(Comparing):
         Comparing.__post_init__(self)
         check_fractions(pair_fraction=self.pair_fraction)
         check_counts(questions_per_label=self.questions_per_label)
-        found = _questions(self)
-        check_filled({"test": int(self._world.held_out.sum()), "train_inferred": len(found.told)})
-        for sign, hard in zip(SIGNS, found.hard, strict=True):
-            if len(hard) < self.questions_per_label:
-                raise WorkbenchError(
-                    f"This world has {len(hard)} hard questions answered by '{sign}', and "
-                    f"{self.questions_per_label} are wanted. Lower questions_per_label, enlarge the world, "
-                    "or change pair_fraction: with few comparisons nothing can be solved, with many nothing is hard."
-                )
 
     def examples(self, split: str) -> Batch:
         """Every example of a split: facts by entity, comparisons in the order in which they are drawn.
@@ -71,17 +62,22 @@ class ComplexComparison(Comparing):
         `train` is the ID facts, then the comparisons of `train_inferred`. `test` are the held-out comparisons of two ID
         entities; `hard` are hard questions about two OOD entities, as many of each label. `atomic_ood` asks for values
         that training never states.
+
+        Raises:
+            WorkbenchError: the world leaves a split empty, or has too few hard questions. To know takes seconds at the
+                paper's scale, so that it is not looked at before.
         """
         check_choice("split", split, self.splits)
+        found = _questions(self)
         match split:
             case "train":
                 return self._told([self.examples(part) for part in ("atomic_id", "train_inferred")])
             case "train_inferred":
-                return self._batch(_questions(self).told)
+                return self._batch(found.told)
             case "test":
                 return self._batch(self._world.questions(0, held_out=True))
             case "hard":
-                return self._batch(torch.cat([hard[: self.questions_per_label] for hard in _questions(self).hard]))
+                return self._batch(torch.cat([hard[: self.questions_per_label] for hard in found.hard]))
             case _:
                 return self._batch(self._world.atomic(ood=split == "atomic_ood"), atomic=True)
 
@@ -99,7 +95,20 @@ def _questions(task: ComplexComparison) -> Questions:
     hard = hard[torch.randperm(len(hard), generator=generator(task.seed, "hard"))]
     attribute, e1, e2 = hard.unbind(1)
     sign = (world.value[e1, attribute] - world.value[e2, attribute]).sign()
-    return Questions(told=told, hard=tuple(hard[sign == wanted] for wanted in (-1, 0, 1)))
+    found = Questions(told=told, hard=tuple(hard[sign == wanted] for wanted in (-1, 0, 1)))
+    _check_enough(task, found)
+    return found
+
+
+def _check_enough(task: ComplexComparison, found: Questions) -> None:
+    check_filled({"test": int(task._world.held_out.sum()), "train_inferred": len(found.told)})
+    for sign, hard in zip(SIGNS, found.hard, strict=True):
+        if len(hard) < task.questions_per_label:
+            raise WorkbenchError(
+                f"This world has {len(hard)} hard questions answered by '{sign}', and {task.questions_per_label} are "
+                "wanted. Lower questions_per_label, enlarge the world, or change pair_fraction: with few comparisons "
+                "nothing can be solved, with many nothing is hard."
+            )
 
 
 def _some(questions: Int[Tensor, "question three"], share: float, rng: torch.Generator) -> Int[Tensor, "chosen three"]:

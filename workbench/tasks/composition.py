@@ -10,9 +10,9 @@ carries nothing, and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -24,6 +24,7 @@ from workbench.tasks.fact_graph import FactGraph, fact_graph
 from workbench.tasks.facts import (
     Change,
     FactTask,
+    Perturbed,
     check_counts,
     check_filled,
     check_fractions,
@@ -32,25 +33,9 @@ from workbench.tasks.facts import (
     count_share,
 )
 
-Place = Literal["head", "first", "second"]
-PLACES: tuple[Place, ...] = ("head", "first", "second")
 PAD = "<pad>"
 SHOWN = 12
 """Relations that an error lists."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Perturbed:
-    """Chains with one token changed so that the old answer is no longer right, whether or not there is a new one."""
-
-    tokens: Int[Tensor, "batch pos"]
-    """The prompts with their changed token; unchanged where not `kept`."""
-    defined: Bool[Tensor, " batch"]
-    """Whether the changed prompt is a chain of facts, and so has an answer."""
-    answer: Int[Tensor, " batch"]
-    """That answer, valid where `defined`."""
-    kept: Bool[Tensor, " batch"]
-    """Whether there is any such change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -83,6 +68,7 @@ class Composition(FactTask):
     contrasts = ("bridge", "head", "first", "second", "same_bridge")
     solved_accuracy = 0.9
     position_labels = ("h", "r1", "r2")
+    causes: ClassVar[Mapping[str, Sequence[int]]] = {"head": (0,), "first": (1,), "second": (2,)}
 
     entities: int = 100
     relations: int = 20
@@ -171,7 +157,7 @@ class Composition(FactTask):
             return self._atomic((self._world.ood == (split == "atomic_ood")).nonzero()[:, 0])
         return self._inferred(split)
 
-    def perturbed(self, batch: Batch, place: Place, *, seed: int | torch.Generator = 0) -> Perturbed:
+    def perturbed(self, batch: Batch, cause: str, *, seed: int | torch.Generator = 0) -> Perturbed:
         """The chains with another head or relation, as the paper's causal tracing has them (its section 3.3).
 
         The new token is a head with an ID fact, or makes an ID fact with the entity before it; the whole prompt may
@@ -179,26 +165,26 @@ class Composition(FactTask):
         token is not `kept`. For pairs that always have an answer, see `contrast`.
 
         Raises:
-            WorkbenchError: no such place, or an atomic prompt.
+            WorkbenchError: no such cause, or an atomic prompt.
         """
-        check_choice("place", place, PLACES)
+        check_choice("cause", cause, list(self.causes))
         question = self._question(batch)
         _check_chains(question, "perturbation")
         world, rng = self._world, generator(seed, "perturbed")
-        if place == "head":
+        if cause == "head":
             candidate = torch.arange(self.entities).expand(len(batch), -1)
             allowed = (world.id_table >= 0).any(1)[candidate]
             bridge = world.table[candidate, question.first[:, None]]
         else:
-            edges = self._edges_of(question.head if place == "first" else question.bridge)
+            edges = self._edges_of(question.head if cause == "first" else question.bridge)
             candidate, allowed, bridge = world.relation[edges], ~world.ood[edges], world.tail[edges]
-        if place == "second":
+        if cause == "second":
             answer = bridge
         else:
             answer = torch.where(bridge >= 0, world.table[bridge.clamp(min=0), question.second[:, None]], -1)
         chosen, kept = choose(allowed & (answer != question.answer[:, None]), rng)
-        rows, column = torch.arange(len(batch)), PLACES.index(place)
-        token = candidate[rows, chosen] + (0 if place == "head" else self.entities)
+        rows, column = torch.arange(len(batch)), list(self.causes).index(cause)
+        token = candidate[rows, chosen] + (0 if cause == "head" else self.entities)
         tokens = batch.tokens.clone()
         tokens[:, column] = torch.where(kept, token, tokens[:, column])
         answer = answer[rows, chosen]
@@ -373,11 +359,12 @@ class Composition(FactTask):
         tokens = torch.stack([head, self.entities + first, last], 1)
         at = 1 if second is None else 2
         read = (torch.arange(3) == at).repeat(len(head), 1)
-        latents = {"answer": Latent(value=answer, position=at)}
+        entities, relations = range(self.entities), range(self.entities, self.pad_token)
+        latents = {"answer": Latent(value=answer, position=at, among=entities)}
         if second is not None:
             latents = {
-                "bridge": Latent(value=bridge, position=1),
-                "relation": Latent(value=last, position=2),
+                "bridge": Latent(value=bridge, position=1, among=entities),
+                "relation": Latent(value=last, position=2, among=relations),
                 **latents,
             }
         return Batch(tokens=tokens, targets=torch.where(read, answer[:, None], 0), read=read, latents=latents)

@@ -35,6 +35,24 @@ class Change:
     """Which prompts have such a counterfactual."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Perturbed:
+    """Prompts with one cause changed so that the old answer is no longer right, whether or not there is a new one."""
+
+    tokens: Int[Tensor, "batch pos"]
+    """The prompts as they are changed; unchanged where not `kept`."""
+    defined: Bool[Tensor, " batch"]
+    """Whether the changed prompt asks for something that has an answer."""
+    answer: Int[Tensor, " batch"]
+    """That answer, valid where `defined`."""
+    kept: Bool[Tensor, " batch"]
+    """Whether there is any such change."""
+
+    def select(self, rows: Tensor | slice) -> Perturbed:
+        """Those of these rows."""
+        return Perturbed(**{name: getattr(self, name)[rows] for name in ("tokens", "defined", "answer", "kept")})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FactTask(ABC):
     """How any task over facts deals out its examples; what they are is the task's own."""

@@ -21,7 +21,7 @@ from workbench.runtime import WorkbenchError, code_version
 from workbench.store import Provenance, RunFolder, find_run, load_tensors, read_json, save_tensors, write_json
 from workbench.tasks.base import Task
 from workbench.training.curves import TrainLog
-from workbench.training.recipes import Recipe
+from workbench.training.recipe import Recipe
 
 METRICS = "metrics.jsonl"
 MEASURES = "measures.jsonl"
@@ -170,21 +170,20 @@ def add_reason(folder: RunFolder, step: int, reason: str) -> None:
 
 
 def thin(run: Run, count: int) -> tuple[Checkpoint, ...]:
-    """About `count` checkpoints that tell the run's story: half of them between memorising and generalising.
+    """About `count` checkpoints that tell the run's story: at least half of them between memorising and generalising.
 
     The moments of memorising and generalising, the first and the last are always among them.
     """
     marks = run.log.landmarks()
-    start, end = marks.get("memorised", 0), marks.get("generalised", run.checkpoints[-1].step)
+    # A run may generalise before it has memorised all of its training set.
+    start, end = sorted((marks.get("memorised", 0), marks.get("generalised", run.checkpoints[-1].step)))
     inside = [checkpoint for checkpoint in run.checkpoints if start <= checkpoint.step <= end]
     before = [checkpoint for checkpoint in run.checkpoints if checkpoint.step < start]
     after = [checkpoint for checkpoint in run.checkpoints if checkpoint.step > end]
     rest = count - count // 2
-    chosen = [
-        *_spread(before, rest // 2),
-        *_spread(inside, count // 2),
-        *_spread(after, rest - rest // 2),
-    ]
+    outside = [*_spread(before, rest // 2), *_spread(after, rest - rest // 2)]
+    # What a run that starts or ends in between leaves over tells more of what lies there.
+    chosen = [*outside, *_spread(inside, count - len(outside))]
     return tuple(sorted(chosen, key=lambda checkpoint: checkpoint.step))
 
 

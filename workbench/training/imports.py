@@ -45,7 +45,7 @@ from workbench.tasks.base import Batch
 from workbench.tasks.pairs import Pairs
 from workbench.training.checkpoints import STATUS, Run, load, save_checkpoint
 from workbench.training.pair_files import read_pairs
-from workbench.training.recipes import Recipe, import_file
+from workbench.training.recipe import Recipe, import_file
 
 WEIGHTS = (".safetensors", ".pt", ".pth")
 FEW = 10

@@ -34,7 +34,7 @@ from workbench.tasks.base import Batch
 from workbench.training.checkpoints import METRICS, STATUS, Run, add_reason, list_checkpoints, save_checkpoint
 from workbench.training.curves import TrainLog
 from workbench.training.dropout import Masks, as_edits, draw_masks
-from workbench.training.recipes import Recipe, TrainConfig
+from workbench.training.recipe import Recipe, TrainConfig
 
 STATE_SECONDS = 5.0
 STATES_KEPT = 2

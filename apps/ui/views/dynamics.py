@@ -1,4 +1,4 @@
-"""Page Dynamics: a run through its training; one slider moves curves, spectrum and patch map together.
+"""Page Dynamics: a run through its training; one slider moves curves, spectrum or causes, and patch map together.
 
 All that is computed is kept by the hash of the checkpoint's weights.
 """
@@ -12,8 +12,12 @@ import numpy as np
 import streamlit as st
 
 from apps.analyses import PAIRS, modular_task, pairs_of
+from apps.reasoner_rows import Reasoner
+from apps.reasoning import kept_reasoning
+from apps.reasoning_tables import PANELS, curve_tables
 from apps.ui import charts, state
 from apps.ui.panels import effect_grid, stacked
+from apps.ui.reasoner_panels import causal_maps
 from circuits.patching import PatchMap, patch_each
 from probes.fourier import FourierResult, ablate_frequencies, fourier, neuron_grid
 from probes.progress import ProgressMeasures
@@ -35,8 +39,15 @@ CURVES = {
     "sparsity": "progress_gini",
     "weights": "progress_weights",
     "Clock or Pizza": "progress_clock_pizza",
+    **{panel.title: name for name, panel in PANELS.items()},
 }
-DEFAULT_CURVES = ("loss", "accuracy", "excluded and restricted loss")
+TITLES_OF_CURVES = {name: panel.title for name, panel in PANELS.items()}
+"""What stands at the axis of a curve whose unit does not say what it is of."""
+DEFAULT_CURVES = ("loss", "accuracy", "excluded and restricted loss", "redirect rate", "value at e1")
+LANDING = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+LANDING_REASONER = ("train_accuracy", "test_accuracy", "ood_accuracy", "hard_accuracy")
+TITLES = {"test_accuracy": "Test (ID) accuracy", "ood_accuracy": "OOD accuracy"}
+"""How a column of the log is called where there are OOD facts."""
 SPECTRA = {"embedding": "norm", "neurons": "neurons owned", "logits": "logits"}
 SPECTRUM_TITLES = {
     "embedding": "Embedding by frequency",
@@ -50,12 +61,7 @@ def page() -> None:
     st.title("Dynamics")
     run = state.choose_run()
     steps = [checkpoint.step for checkpoint in run.checkpoints]
-    last = run.checkpoint()
-    try:
-        final = _fourier(run.reference, last.step, last.sha256, None)
-    except WorkbenchError as error:
-        final, lacking = None, str(error)
-        state.missing(f"{lacking} Curves and patch maps below apply to every run.")
+    final = _final_spectrum(run)
     above = st.container()
     step, pinned = _choose_checkpoints(run, steps)
     with above:
@@ -63,6 +69,9 @@ def page() -> None:
     shown = [run.checkpoint(each) for each in ([step] if pinned in (None, step) else [pinned, step])]
     _landing(run, step)
     frequency = None if final is None else _replay(run, shown, final)
+    if isinstance(run.task, Reasoner):
+        with state.user_errors_shown():
+            causal_maps(run, shown)
     _maps(run, shown)
     _python(run, step, final, frequency)
 
@@ -80,6 +89,18 @@ def spectrum_of(result: FourierResult, which: str) -> np.ndarray:
         return result.logits.coefficient.numpy()
     owners = {} if result.neurons is None else result.neurons.owners()
     return np.array([owners.get(frequency, 0) for frequency in range(1, len(result.embedding_norm) + 1)], dtype=float)
+
+
+def _final_spectrum(run: Run) -> FourierResult | None:
+    """Fourier analysis of the last checkpoint; None, and why, where it does not apply."""
+    if isinstance(run.task, Reasoner):
+        return None
+    last = run.checkpoint()
+    try:
+        return _fourier(run.reference, last.step, last.sha256, None)
+    except WorkbenchError as error:
+        state.missing(f"{error} Curves and patch maps below apply to every run.")
+        return None
 
 
 def _choose_checkpoints(run: Run, steps: Sequence[int]) -> tuple[int, int | None]:
@@ -112,15 +133,16 @@ def _curves(run: Run, final: FourierResult | None, step: int, steps: Sequence[in
     shown = [tables[CURVES[name]] for name in offered if name in chosen]
     if shown:
         charts.curves(
-            stacked(shown, landmarks=run.log.landmarks(), here=step),
+            stacked(shown, landmarks=run.log.landmarks(), here=step, titles=TITLES_OF_CURVES),
             key="curves_chart",
             on_click=lambda x: st.session_state.update(step=nearest_step(steps, x)),
         )
         st.caption(
             "Dashed: memorised and generalised. Orange: the checkpoint below. Click into the curves to go there."
         )
-    if final is not None and not run.folder.lines(MEASURES):
-        state.missing("This run was not measured: it has no progress measures. Training measures a run at its end.")
+    if (final is not None or isinstance(run.task, Reasoner)) and not run.folder.lines(MEASURES):
+        what = "progress measures" if final is not None else "curves of its reasoning"
+        state.missing(f"This run was not measured: it has no {what}. Training measures a run at its end.")
     with st.popover("Downloads"):
         for table in shown:
             st.caption(table.caption)
@@ -128,6 +150,9 @@ def _curves(run: Run, final: FourierResult | None, step: int, steps: Sequence[in
 
 
 def _measures(run: Run, final: FourierResult | None) -> Sequence[Table]:
+    if isinstance(run.task, Reasoner):
+        found = kept_reasoning(run)
+        return [] if found is None else list(curve_tables(found).values())
     rows = run.folder.lines(MEASURES)
     if final is None or not rows:
         return []
@@ -140,11 +165,12 @@ def _landing(run: Run, step: int) -> None:
     if not run.log.rows:
         return
     row = max((row for row in run.log.rows if row["step"] <= step), key=lambda row: row["step"])
+    names, titles = (LANDING_REASONER, TITLES) if isinstance(run.task, Reasoner) else (LANDING, {})
     # A row that wraps: in columns the numbers would be cut off on a narrow screen.
     with st.container(horizontal=True, gap="medium"):
-        for name in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
+        for name in [each for each in names if each in row]:
             value = f"{row[name]:.1%}" if name.endswith("accuracy") else f"{row[name]:.3g}"
-            st.metric(name.replace("_", " ").capitalize(), value, width="content")
+            st.metric(titles.get(name, name.replace("_", " ").capitalize()), value, width="content")
 
 
 def _replay(run: Run, shown: Sequence[Checkpoint], final: FourierResult) -> int:
@@ -277,6 +303,9 @@ def _python(run: Run, step: int, final: FourierResult | None, frequency: int | N
             "print(result.summary())",
             f"print(ablate_frequencies(model, run.task, [{frequency}]))",
         ]
+    if isinstance(run.task, Reasoner):
+        lines[2:2] = ["from circuits.causal_tracing import causal_tracing"]
+        lines += ["causes = causal_tracing(model, run.task, pairs, split='test')", "print(causes.frame)"]
     state.copy_as_python("\n".join(lines))
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import streamlit as st
 
-from apps.ui import charts, questions, state
+from apps.ui import charts, questions, reasoner_panels, state
 from apps.ui.panels import effect_grid
 from apps.ui.questions import Asked
 from circuits.patching import Cell, Direction
@@ -41,6 +41,8 @@ def page() -> None:
     clean, corrupt = _choose_prompts(run)
     asked = Asked(reference=run.reference, step=step, sha256=run.checkpoint(step).sha256, clean=clean, corrupt=corrupt)
     _answers(asked)
+    with state.user_errors_shown():
+        reasoner_panels.hops(asked)
     st.header("Patching", divider="gray")
     with state.user_errors_shown():
         _patching(asked)

@@ -17,7 +17,7 @@ from workbench.runtime import WorkbenchError
 from workbench.store import read_json
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
-from workbench.training.recipes import Recipe
+from workbench.training.recipe import Recipe
 
 NOBODY = "nobody"
 STATUS_COLOURS = {"training": "blue", "not finished": "orange"}

@@ -18,7 +18,8 @@ from workbench.figures import figure, with_landmarks
 from workbench.runtime import WorkbenchError
 from workbench.store import check_run_name, run_names, runs_root
 from workbench.training.checkpoints import Run, load
-from workbench.training.recipes import RECIPES, Recipe, find_recipe
+from workbench.training.recipe import Recipe
+from workbench.training.recipes import RECIPES, find_recipe
 
 OWN = "my own"
 WATCH_SECONDS = 2
