@@ -6,16 +6,14 @@ Heavy imports happen inside the command that needs them.
 from __future__ import annotations
 
 import argparse
-import resource
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apps.printing import Printout, as_columns, as_lines, progress_bar, scalars, share_bar, stopwatch
 from workbench.runtime import WorkbenchError, is_main_process
 from workbench.store import RunFolder, gallery_names, new_run, run_names, runs_root, write_atomic
 
@@ -31,15 +29,6 @@ ROWS = ("cells", "minimality", "rows")
 RUN_COLUMNS = ("run", "recipe", "steps", "test_accuracy", "step_memorised", "step_generalised", "status")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Printout:
-    """What a command found: for programs, and for people."""
-
-    content: Mapping[str, Any]
-    text: str
-    exit_code: int = 0
-
-
 def app(options: argparse.Namespace) -> Printout:
     """Serve the pages until interrupted."""
     from apps.ui.server import serve
@@ -53,7 +42,7 @@ def recipes(options: argparse.Namespace) -> Printout:
     from workbench.training.recipes import RECIPES
 
     rows = [describe_recipe(make()) for make in RECIPES.values()]
-    return Printout(content={"recipes": rows}, text=_columns(rows, ("name", "parameters", "minutes", "shows")))
+    return Printout(content={"recipes": rows}, text=as_columns(rows, ("name", "parameters", "minutes", "shows")))
 
 
 def train(options: argparse.Namespace) -> Printout:
@@ -61,12 +50,12 @@ def train(options: argparse.Namespace) -> Printout:
     from apps.analyses import measure
     from workbench.training.loop import train as train_recipe
 
-    with _stopwatch() as clock:
+    with stopwatch() as clock:
         recipe, folder = _run_to_continue(options) if options.resume else _run_to_start(options)
-        with _progress_bar(f"train {folder.reference}", recipe) as on_progress:
+        with progress_bar(f"train {folder.reference}", recipe) as on_progress:
             run = train_recipe(recipe, folder, resume=options.resume, on_progress=on_progress)
         if not options.no_measures and is_main_process():
-            with _share_bar(f"measure {folder.reference}") as on_share:
+            with share_bar(f"measure {folder.reference}") as on_share:
                 measure(run, on_share)
     last = run.log.rows[-1]
     content = {
@@ -79,13 +68,13 @@ def train(options: argparse.Namespace) -> Printout:
         "step_generalised": run.log.step_generalised,
         "reason": run.status["reason"],
     }
-    return Printout(content=content, text=_pairs(content))
+    return Printout(content=content, text=as_lines(content))
 
 
 def runs(options: argparse.Namespace) -> Printout:
     """All runs, the gallery's too."""
     rows = list_runs(options.runs)
-    text = _columns(rows, RUN_COLUMNS) if rows else _no_runs(options)
+    text = as_columns(rows, RUN_COLUMNS) if rows else _no_runs(options)
     return Printout(content={"runs": rows}, text=text)
 
 
@@ -105,7 +94,7 @@ def show(options: argparse.Namespace) -> Printout:
         "results": sorted(path.name for path in results.iterdir()) if results.is_dir() else [],
     }
     steps = ", ".join(str(each["step"]) for each in content["checkpoints"])
-    text = _pairs({**content, "settings": run.recipe.shows, "checkpoints": steps, "results": len(content["results"])})
+    text = as_lines({**content, "settings": run.recipe.shows, "checkpoints": steps, "results": len(content["results"])})
     return Printout(content=content, text=text)
 
 
@@ -145,7 +134,7 @@ def circuit(options: argparse.Namespace) -> Printout:
         raise WorkbenchError("--out writes one circuit: name one checkpoint, not 'all'.")
     if through and options.select != "top":
         raise WorkbenchError("Through training the largest scores are taken: leave --select out.")
-    with _share_bar(f"circuit {options.run}") as on_progress:
+    with share_bar(f"circuit {options.run}") as on_progress:
         if through:
             once = argparse.Namespace(**{**vars(options), "checkpoint": None})
             return _analyse(once, "circuit_history", partial(history_of, on_progress=on_progress), arguments)
@@ -174,7 +163,7 @@ def _circuit_over_seeds(options: argparse.Namespace) -> Printout:
     runs = [load(name, runs=options.runs) for name in [options.run, *(_listed(options.seeds) or [])]]
     names = ("method", "edges", "ablation", "metric", "granularity", "n", "split", "seed")
     arguments = {**{name: getattr(options, name) for name in names}, "absolute": not options.signed}
-    with _stopwatch() as clock, _share_bar(f"circuit of {len(runs)} runs") as on_progress:
+    with stopwatch() as clock, share_bar(f"circuit of {len(runs)} runs") as on_progress:
         compute = partial(over_seeds_of, on_progress=on_progress)
         found = kept_of_several(runs, "circuit_over_seeds", compute, _step(options.checkpoint), arguments)
     agreement = found["agreement"]
@@ -187,9 +176,9 @@ def _circuit_over_seeds(options: argparse.Namespace) -> Printout:
         ),
     ]
     text = [
-        _pairs({name: found[name] for name in ("method", "requested", "ablation", "metric", "n")}),
-        _columns([*found["circuits"], *means], ("run", *MEASURES)),
-        _columns(agreement["pairs"], tuple(agreement["pairs"][0])),
+        as_lines({name: found[name] for name in ("method", "requested", "ablation", "metric", "n")}),
+        as_columns([*found["circuits"], *means], ("run", *MEASURES)),
+        as_columns(agreement["pairs"], tuple(agreement["pairs"][0])),
         f"Edges that all find: {', '.join(agreement['shared']) or 'none'}",
     ]
     return Printout(content={**found, **clock}, text="\n\n".join(text))
@@ -205,7 +194,7 @@ def reason(options: argparse.Namespace) -> Printout:
     run = load(options.run, runs=options.runs)
     reasoner_task(run)
     told, total = count(1), len(measured_steps(run))
-    with _share_bar(f"reason {options.run}") as on_progress:
+    with share_bar(f"reason {options.run}") as on_progress:
 
         def through(run: Run, step: int | None, *, n: int) -> Result:
             return reasoning_through(run, n=n, on_step=lambda: on_progress(next(told) / total))
@@ -214,14 +203,14 @@ def reason(options: argparse.Namespace) -> Printout:
         printout = _analyse(once, "reasoning_history", through, {"n": options.n})
     # As text the last checkpoint's rows: those of all are for programs.
     last = [row for row in printout.content["rows"] if row["step"] in (None, run.checkpoint().step)]
-    return replace(printout, text=_pairs(_scalars(printout.content)) + "\n\n" + _columns(last, tuple(last[0])))
+    return replace(printout, text=as_lines(scalars(printout.content)) + "\n\n" + as_columns(last, tuple(last[0])))
 
 
 def scorecard(options: argparse.Namespace) -> Printout:
     """The score card."""
     from circuits.scorecard import scorecard as make_card
 
-    with _stopwatch() as clock, _share_bar("scorecard") as on_progress:
+    with stopwatch() as clock, share_bar("scorecard") as on_progress:
         card = make_card(
             finders=_listed(options.methods),
             circuits=_listed(options.circuits),
@@ -242,7 +231,7 @@ def bench(options: argparse.Namespace) -> Printout:
     found = [run_benchmark(name, repeats=options.repeats).summary() for name in options.names or BENCHMARKS]
     columns = ("name", "ratio", "ratio_interval", "gate", "met", "agreement", "n", "peer")
     met = all(each["met"] for each in found)
-    return Printout(content={"benchmarks": found, "met": met}, text=_columns(found, columns))
+    return Printout(content={"benchmarks": found, "met": met}, text=as_columns(found, columns))
 
 
 def import_model(options: argparse.Namespace) -> Printout:
@@ -250,7 +239,7 @@ def import_model(options: argparse.Namespace) -> Printout:
     run, findings = _known_run(options) if options.model.startswith("known:") else _own_run(options)
     content = {"run": run.reference, "sites": len(run.model().sites), **findings.summary()}
     notes = [f"Note: {warning}" for warning in findings.warnings]
-    text = _pairs({key: value for key, value in content.items() if key != "warnings"})
+    text = as_lines({key: value for key, value in content.items() if key != "warnings"})
     return Printout(content=content, text="\n".join([text, *notes]))
 
 
@@ -279,7 +268,7 @@ def report(options: argparse.Namespace) -> Printout:
     run = load(options.run, runs=options.runs)
     out = options.out or Path(f"report-{run.folder.path.name}")
     written = report_run(run, out)
-    return Printout(content=written.summary(), text=_pairs(written.summary()))
+    return Printout(content=written.summary(), text=as_lines(written.summary()))
 
 
 def rerun(options: argparse.Namespace) -> Printout:
@@ -288,7 +277,7 @@ def rerun(options: argparse.Namespace) -> Printout:
 
     comparison = rerun_report(options.manifest, options.out, runs=options.runs)
     summary = comparison.summary()
-    return Printout(content=summary, text=_pairs(summary), exit_code=0 if comparison.reproduced else 1)
+    return Printout(content=summary, text=as_lines(summary), exit_code=0 if comparison.reproduced else 1)
 
 
 def doctor(options: argparse.Namespace) -> Printout:
@@ -296,7 +285,7 @@ def doctor(options: argparse.Namespace) -> Printout:
     from apps.doctor import examine
 
     content = examine()
-    return Printout(content=content, text=_pairs(content))
+    return Printout(content=content, text=as_lines(content))
 
 
 def _analyse(
@@ -307,14 +296,14 @@ def _analyse(
 
     run = load(options.run, runs=options.runs)
     if options.checkpoint == "all":
-        with _stopwatch() as clock:
+        with stopwatch() as clock:
             found = [kept(run, name, compute, each.step, arguments) for each in run.checkpoints]
         content = {"run": run.reference, "checkpoints": found, **clock}
-        return Printout(content=content, text="\n\n".join(_pairs(_scalars(each)) for each in found))
-    with _stopwatch() as clock:
+        return Printout(content=content, text="\n\n".join(as_lines(scalars(each)) for each in found))
+    with stopwatch() as clock:
         found_one = kept(run, name, compute, _step(options.checkpoint), arguments)
     rows = next((found_one[name] for name in ROWS if found_one.get(name)), None)
-    text = _pairs(_scalars(found_one)) + ("\n\n" + _columns(rows, tuple(rows[0])) if rows else "")
+    text = as_lines(scalars(found_one)) + ("\n\n" + as_columns(rows, tuple(rows[0])) if rows else "")
     return Printout(content={**found_one, **clock}, text=text)
 
 
@@ -418,104 +407,3 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 def _no_runs(options: argparse.Namespace) -> str:
     return "No runs yet. Train one: `workbench train modular-smoke`."
-
-
-def _scalars(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What fits on a line; lists of rows have tables of their own or are for programs."""
-    lists = {key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
-    return {key: value for key, value in content.items() if key not in lists}
-
-
-def _pairs(content: Mapping[str, Any]) -> str:
-    width = max(map(len, content), default=0)
-    return "\n".join(f"{key:<{width}}  {_short(value)}" for key, value in content.items())
-
-
-def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    cells = [list(names), *([_short(row[name]) for name in names] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-@contextmanager
-def _stopwatch() -> Iterator[dict[str, float]]:
-    """Wall and CPU seconds of the block, filled in at its end."""
-    clock: dict[str, float] = {}
-    wall, cpu = time.monotonic(), _cpu_seconds()
-    yield clock
-    clock["seconds"] = round(time.monotonic() - wall, 3)
-    clock["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-@contextmanager
-def _progress_bar(title: str, recipe: Recipe) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
-    """A bar on standard error with step, losses, accuracies and time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    # All of it fits into 80 columns, which is what a log file gets.
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=8),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[latest]}"),
-        TimeRemainingColumn(),
-    )
-    assert recipe.train is not None
-    progress = Progress(*columns, console=Console(stderr=True), disable=not is_main_process())
-    bar = progress.add_task(title, total=recipe.train.steps, latest="")
-    with ExitStack() as stack:
-
-        def on_progress(step: int, steps: int, row: Mapping[str, Any]) -> None:
-            if not progress.live.is_started:
-                # Not before: a run that is refused gets its one line and no bar.
-                stack.enter_context(progress)
-            latest = "  ".join(
-                f"{split} {row[f'{split}_loss']:.1e} {row[f'{split}_accuracy']:6.1%}" for split in ("train", "test")
-            )
-            progress.update(bar, completed=step, latest=latest)
-
-        yield on_progress
-
-
-@contextmanager
-def _share_bar(title: str) -> Iterator[Callable[[float], None]]:
-    """A plain bar on standard error that shows a share, from the first on; in a log file a line a per cent."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        told = -1
-
-        def on_share(share: float) -> None:
-            nonlocal told
-            if int(100 * share) > told:
-                told = int(100 * share)
-                console.print(f"{title} {told} %")
-
-        yield on_share
-        return
-    progress = Progress(console=console)
-    bar = progress.add_task(title, total=1.0)
-    with ExitStack() as stack:
-
-        def on_progress(share: float) -> None:
-            if not progress.live.is_started:
-                stack.enter_context(progress)
-            progress.update(bar, completed=share)
-
-        yield on_progress
