@@ -60,6 +60,12 @@ lock: ## newest versions that pyproject.toml admits into requirements.lock; torc
 gallery: setup ## trains the gallery's runs anew, minutes each; delete workbench/gallery/NAME first
 	$(BIN)/workbench train modular --run gallery-modular
 	$(BIN)/python -m apps.gallery gallery-modular modular
+	$(BIN)/workbench train composition --run gallery-composition
+	$(BIN)/python -m apps.gallery gallery-composition composition 6
+	$(BIN)/workbench train composition-shared --run gallery-composition-shared
+	$(BIN)/python -m apps.gallery gallery-composition-shared composition-shared 8
+	$(BIN)/workbench train comparison --run gallery-comparison
+	$(BIN)/python -m apps.gallery gallery-comparison comparison 12
 
 clean: ## removes .venv and the caches; keeps runs/
 	rm -rf $(VENV) .lock-venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,6 +1,6 @@
 """Put a finished run into the gallery: thinned, in half precision, with its whole log.
 
-    python -m apps.gallery RUN NAME
+    python -m apps.gallery RUN NAME [CHECKPOINTS]
 
 The gallery ships with the package, so a run goes in once, when it is final.
 """
@@ -19,8 +19,8 @@ from workbench.training.checkpoints import Run, export, load
 CHECKPOINTS = 16
 
 
-def add_to_gallery(run: Run, name: str) -> RunFolder:
-    """The run's new place in the gallery.
+def add_to_gallery(run: Run, name: str, *, checkpoints: int = CHECKPOINTS) -> RunFolder:
+    """The run's new place in the gallery, with about so many checkpoints.
 
     Raises:
         WorkbenchError: the run is not finished, or the place is taken.
@@ -31,7 +31,7 @@ def add_to_gallery(run: Run, name: str) -> RunFolder:
     if target.path.exists():
         raise WorkbenchError(f"The gallery already has {name!r} at {target.path}. Delete it first.")
     target.path.mkdir(parents=True)
-    export(run, target, count=CHECKPOINTS, dtype=torch.float16)
+    export(run, target, count=checkpoints, dtype=torch.float16)
     return target
 
 
@@ -39,8 +39,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run")
     parser.add_argument("name")
+    parser.add_argument("checkpoints", nargs="?", type=int, default=CHECKPOINTS)
     options = parser.parse_args()
     try:
-        add_to_gallery(load(options.run), options.name)
+        add_to_gallery(load(options.run), options.name, checkpoints=options.checkpoints)
     except WorkbenchError as error:
         sys.exit(f"gallery: {error}")

@@ -30,6 +30,8 @@ from workbench.tasks.composition import Composition
 Row = dict[str, Any]
 Reasoner = Composition | Comparison | ComplexComparison
 SEED = 0
+DIGITS = 7
+"""Significant digits of a number in a row: a log of many checkpoints stays small."""
 LENS_SPLITS = ("train_inferred", "test", "ood", "hard")
 """Where latents, label space and efficiency are looked at, as far as the task has these splits."""
 TRACED = {"composition": ("test", "ood"), "comparison": LENS_SPLITS, "complex-comparison": LENS_SPLITS}
@@ -227,7 +229,8 @@ def _row(
     site: Site | None = None,
     cause: str | None = None,
 ) -> Row:
-    value, low, high = (None, None, None) if found is None else (found.mean, found.low, found.high)
+    ends = (None, None, None) if found is None else (found.mean, found.low, found.high)
+    value, low, high = (end if end is None else float(f"{end:.{DIGITS}g}") for end in ends)
     return {
         "measure": measure,
         "split": split,

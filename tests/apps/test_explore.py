@@ -270,6 +270,8 @@ def test_the_run_and_the_checkpoint_go_along_from_page_to_page(page: Page) -> No
     page.get_by_role("slider").first.focus()
     page.keyboard.press("Home")
     expect(page).to_have_url(re.compile("step=0"))
+    # The address changes in the browser before the server has heard of it.
+    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
     page.get_by_role("link", name="Dynamics").click()
     expect(page.get_by_role("heading", name=re.compile("at step 0"))).to_be_visible()
     page.get_by_role("slider").first.focus()

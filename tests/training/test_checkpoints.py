@@ -5,7 +5,7 @@ import torch
 
 import workbench
 from workbench.runtime import WorkbenchError
-from workbench.store import RunFolder, new_run
+from workbench.store import RunFolder, new_run, write_json
 from workbench.training.checkpoints import Run, export, load, save_checkpoint, thin
 from workbench.training.loop import train
 from workbench.training.recipes import find_recipe
@@ -99,6 +99,19 @@ def test_thinning_puts_half_between_memorising_and_generalising(tmp_path, memori
     assert len(steps) == 16
     assert len([step for step in steps if 500 <= step <= 2000]) == 8
     assert {0, 500, 2000, 3000} <= set(steps)
+
+
+def test_export_of_a_measured_run_keeps_measured_checkpoints(tmp_path):
+    run = story(new_run("story", tmp_path), memorised=500, generalised=2000)
+    measured = [each.step for each in thin(run, 12)]
+    rows = "".join(json.dumps({"step": step, "measure": "accuracy"}) + "\n" for step in [None, *measured])
+    (run.folder.path / "measures.jsonl").write_text(rows)
+    write_json(run.folder.path / "recipe.json", run.recipe.to_json())
+    copy = RunFolder(path=tmp_path / "copy", reference="copy")
+    export(run, copy, count=6, dtype=torch.float16)
+    steps = [each.step for each in load(str(copy.path)).checkpoints]
+    assert len(steps) == 6
+    assert {0, 500, 2000, 3000} <= set(steps) <= set(measured)
 
 
 def test_thinning_spends_all_its_checkpoints(tmp_path):

@@ -6,7 +6,7 @@ any of its steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -169,17 +169,19 @@ def add_reason(folder: RunFolder, step: int, reason: str) -> None:
         write_json(path, {**card, "reasons": list(dict.fromkeys([*card["reasons"], reason]))})
 
 
-def thin(run: Run, count: int) -> tuple[Checkpoint, ...]:
+def thin(run: Run, count: int, *, among: Collection[int] | None = None) -> tuple[Checkpoint, ...]:
     """About `count` checkpoints that tell the run's story: at least half of them between memorising and generalising.
 
-    The moments of memorising and generalising, the first and the last are always among them.
+    The moments of memorising and generalising, the first and the last are always among them. They are taken from those
+    at the steps `among`, if given, else from all.
     """
     marks = run.log.landmarks()
+    known = [checkpoint for checkpoint in run.checkpoints if among is None or checkpoint.step in among]
     # A run may generalise before it has memorised all of its training set.
-    start, end = sorted((marks.get("memorised", 0), marks.get("generalised", run.checkpoints[-1].step)))
-    inside = [checkpoint for checkpoint in run.checkpoints if start <= checkpoint.step <= end]
-    before = [checkpoint for checkpoint in run.checkpoints if checkpoint.step < start]
-    after = [checkpoint for checkpoint in run.checkpoints if checkpoint.step > end]
+    start, end = sorted((marks.get("memorised", 0), marks.get("generalised", known[-1].step)))
+    inside = [checkpoint for checkpoint in known if start <= checkpoint.step <= end]
+    before = [checkpoint for checkpoint in known if checkpoint.step < start]
+    after = [checkpoint for checkpoint in known if checkpoint.step > end]
     rest = count - count // 2
     outside = [*_spread(before, rest // 2), *_spread(after, rest - rest // 2)]
     # What a run that starts or ends in between leaves over tells more of what lies there.
@@ -195,11 +197,15 @@ def _spread(checkpoints: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
 
 
 def export(run: Run, target: RunFolder, *, count: int, dtype: torch.dtype) -> None:
-    """Write a thinned copy of a finished run into an empty folder: the way a run enters the gallery."""
+    """Write a thinned copy of a finished run into an empty folder: the way a run enters the gallery.
+
+    Of a measured run only checkpoints that were measured are kept, so that each has its numbers.
+    """
     write_json(target.path / "recipe.json", run.recipe.to_json())
     for name in (METRICS, MEASURES, STATUS):
         source = run.folder.path / name
         if source.exists():
             (target.path / name).write_bytes(source.read_bytes())
-    for checkpoint in thin(run, count):
+    measured = {row["step"] for row in run.folder.lines(MEASURES)}
+    for checkpoint in thin(run, count, among=measured or None):
         save_checkpoint(target, checkpoint.step, checkpoint.tensors(), checkpoint.reasons, dtype=dtype)
