@@ -135,12 +135,12 @@ def test_rows_are_what_the_analyses_find() -> None:
     rows, batch = rows_of(model, prompts, MIDDLE), prompts.splits["test"]
     ranks = latent_ranks(model, batch, "relation", sites="L1.resid_post", among=True)
     assert value(rows, "mrr_relation_among", "test", "L1.resid_post") == pytest.approx(float(ranks.mean()))
-    assert value(rows, "two_calls", "test") == float(two_calls(model, WORLD, batch).double().mean())
+    assert value(rows, "two_calls", "test") == pytest.approx(float(two_calls(model, WORLD, batch).double().mean()))
     norm = sum(float(weight.detach().square().sum()) for weight in model.parameters()) ** 0.5
     assert value(rows, "efficiency", "test") == pytest.approx(float(leads(model, batch).mean()) / norm, rel=1e-5)
     for cause in causal_tracing(model, WORLD, batch, split="test").causes:
         assert cause.strength is not None
-        assert value(rows, "strength", "test", str(cause.site), cause.name) == cause.strength.mean
+        assert value(rows, "strength", "test", str(cause.site), cause.name) == pytest.approx(cause.strength.mean)
 
 
 def test_prompts_are_drawn_once_from_a_seed() -> None:

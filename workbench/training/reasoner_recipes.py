@@ -144,8 +144,8 @@ def comparison() -> Recipe:
         task=task,
         model=_gpt2(task, layers=3, d_model=64),
         train=_comparing(),
-        shows="ID comparisons become right, and those of OOD entities follow: generalisation that composition lacks.",
-        minutes=9.0,
+        shows="ID comparisons become right, and most of those of OOD entities: generalisation that composition lacks.",
+        minutes=4.0,
     )
 
 
@@ -209,7 +209,8 @@ def _training() -> TrainConfig:
 
 
 def _comparing() -> TrainConfig:
-    return replace(_training(), steps=8_000, learning_rate=2e-3, weight_decay=0.1)
+    # Beyond this OOD accuracy falls again; weight decay 1 and half as many comparisons did not raise it.
+    return replace(_training(), steps=5_000, learning_rate=2e-3, weight_decay=0.1)
 
 
 def _paper_training() -> TrainConfig:
