@@ -1,34 +1,17 @@
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from probes.linear import ProbeTask, linear_probe, probe_task, read_cells
-from workbench.instrument.sites import Site
 from workbench.intervals import share_of
 from workbench.runtime import WorkbenchError
-from workbench.store import Provenance
 from workbench.tasks.base import Batch, Latent
 from workbench.tasks.composition import Composition
 from workbench.tasks.modular import Modular
 
 N_CLASSES, N_GROUPS, N = 3, 40, 480
-EMBED = Site.parse("embed")
-
-
-class Shown:
-    """A model whose `embed` is a given tensor, whatever it reads."""
-
-    def __init__(self, states):
-        self.states, self.sites = states, (EMBED,)
-        self.config = SimpleNamespace(n_steps=0, n_heads=0, d_mlp=0, n_ctx=2, causal=True, d_vocab=N_GROUPS)
-        self.provenance = Provenance(code_version="test", parents=("shown",))
-
-    def forward(self, tokens, edits=None):
-        (edits or {}).get(EMBED, torch.clone)(self.states)
-        return torch.zeros(*tokens.shape, N_GROUPS)
 
 
 @pytest.fixture
@@ -44,10 +27,10 @@ def noise(width, *, seed=1):
     return torch.randn(N, 2, width, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_latent_is_found_where_it_is_and_nowhere_else(batch):
+def test_a_latent_is_found_where_it_is_and_nowhere_else(shown, batch):
     states = noise(6)
     states[:, 1, :N_CLASSES] += 10 * torch.eye(N_CLASSES)[batch.latents["kind"].value - 5]
-    found = linear_probe(Shown(states), batch, "kind", sites="embed", untrained=Shown(noise(6, seed=2)))
+    found = linear_probe(shown(states), batch, "kind", sites="embed", untrained=shown(noise(6, seed=2)))
     before, there = found.probes
     assert (before.position, there.position) == (0, 1)
     assert there.accuracy.mean > 0.99
@@ -59,18 +42,18 @@ def test_a_latent_is_found_where_it_is_and_nowhere_else(batch):
     assert (found.n_train, found.n_test, found.n_classes, found.n_groups) == (360, 120, N_CLASSES, N_GROUPS)
 
 
-def test_a_probe_that_learns_groups_by_heart_is_not_selective(batch):
+def test_a_probe_that_learns_groups_by_heart_is_not_selective(shown, batch):
     # The group's own one-hot, and a label that follows the group: by heart on known groups, nothing on new ones.
     group = batch.tokens[:, 0]
     value = torch.randint(0, N_CLASSES, (N_GROUPS,), generator=torch.Generator().manual_seed(3))[group]
     batch = replace(batch, latents={"kind": Latent(value=value, position=0)})
     states = torch.eye(N_GROUPS)[batch.tokens]
-    (probe,) = linear_probe(Shown(states), batch, "kind", sites="embed", positions=[0]).probes
+    (probe,) = linear_probe(shown(states), batch, "kind", sites="embed", positions=[0]).probes
     assert probe.control.mean > 0.95
     assert probe.accuracy.mean < 0.75
     assert probe.selectivity < -0.2
     # Mutant: a split that leaks, every prompt a group of its own, calls the same probe perfect.
-    leaky = linear_probe(Shown(states), batch, "kind", sites="embed", positions=[0], groups=torch.arange(N))
+    leaky = linear_probe(shown(states), batch, "kind", sites="embed", positions=[0], groups=torch.arange(N))
     assert leaky.probes[0].accuracy.mean > 0.95
 
 
@@ -95,16 +78,16 @@ def test_seeds_draw_other_splits_and_the_same_one_again(batch):
     assert not torch.equal(first.control, other.control)
 
 
-def test_the_majority_by_hand(batch):
-    found = linear_probe(Shown(noise(2)), batch, "kind", sites="embed", positions=[1])
+def test_the_majority_by_hand(shown, batch):
+    found = linear_probe(shown(noise(2)), batch, "kind", sites="embed", positions=[1])
     task = probe_task(batch, "kind", groups=None, seed=0)
     most = task.labels[task.train].mode().values
     assert found.majority == share_of(task.labels[task.test] == most)
     assert found.probes[0].untrained is None
 
 
-def test_tables_and_summary(batch):
-    found = linear_probe(Shown(noise(2)), batch, "kind", sites="embed")
+def test_tables_and_summary(shown, batch):
+    found = linear_probe(shown(noise(2)), batch, "kind", sites="embed")
     heat, whole = found.tables()
     assert heat.kind == "heatmap"
     assert list(heat.frame["position"]) == [0, 1]
@@ -116,11 +99,11 @@ def test_tables_and_summary(batch):
     assert found.provenance.parents == ("shown",)
 
 
-def test_one_control_label_for_all_is_known_by_heart(batch):
+def test_one_control_label_for_all_is_known_by_heart(shown, batch):
     # Two groups whose control labels are the same under this seed.
     groups = torch.arange(N) % 2
     seed = next(s for s in range(20) if len(probe_task(batch, "kind", groups=groups, seed=s).control.unique()) == 1)
-    found = linear_probe(Shown(noise(2)), batch, "kind", sites="embed", positions=[0], groups=groups, seed=seed)
+    found = linear_probe(shown(noise(2)), batch, "kind", sites="embed", positions=[0], groups=groups, seed=seed)
     assert found.probes[0].control.mean == 1.0
 
 
@@ -154,8 +137,8 @@ def test_a_class_of_one_group_is_an_error(batch):
         probe_task(crowded, "kind", groups=torch.arange(N) // 2, seed=0)
 
 
-def test_errors(batch, transformer):
-    model = Shown(noise(2))
+def test_errors(shown, batch, transformer):
+    model = shown(noise(2))
     with pytest.raises(WorkbenchError, match="Unknown latent 'kin'"):
         linear_probe(model, batch, "kin", sites="embed")
     with pytest.raises(WorkbenchError, match="No position 2: prompts have positions 0 to 1"):
