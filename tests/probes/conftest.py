@@ -104,6 +104,20 @@ class Table:
         return self.noise[a, b][:, None].expand(-1, 3, -1) + 0 * embedded.sum(-1, keepdim=True)
 
 
+class Shown:
+    """A model whose `embed` is a given tensor of two positions, whatever it reads; it answers nothing."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states, self.sites = states, (EMBED,)
+        self.config = SimpleNamespace(n_steps=0, n_heads=0, d_mlp=0, n_ctx=2, causal=True, d_vocab=100)
+        self.provenance = Provenance(code_version="test", parents=("shown",))
+
+    def forward(self, tokens: Tensor, edits: Mapping[Site, Edit] | None = None) -> Tensor:
+        if edits and EMBED in edits:
+            edits[EMBED](self.states)
+        return torch.zeros(*tokens.shape, 100)
+
+
 class Foreign:
     """Our own transformer seen from outside: everything that `Instrumented` asks for, and no weights."""
 
@@ -120,6 +134,11 @@ def planted() -> type[Planted]:
 @pytest.fixture
 def by_heart() -> type[Table]:
     return Table
+
+
+@pytest.fixture
+def shown() -> type[Shown]:
+    return Shown
 
 
 @pytest.fixture
