@@ -20,7 +20,7 @@ from probes.fourier import LOSS_LABELS, FourierResult
 from workbench.intervals import Estimate
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
-from workbench.training.recipe import Recipe
+from workbench.training.recipe import Recipe, TrainConfig
 
 MOST_BARS = 60
 """Bars of a picture."""
@@ -117,10 +117,11 @@ def _training(run: Run) -> Section | None:
         )
         decayed = "" if train.decay == "all" else " of matrices alone"
         dropped = f", dropout {train.dropout:g}" if train.dropout else ""
+        loss = "log-softmax" if train.loss == "cross_entropy" else "StableMax"
         how = (
             f"AdamW with learning rate {train.learning_rate:g}, decoupled weight decay {train.weight_decay:g}{decayed} "
-            f"and betas {train.betas[0]:g} and {train.betas[1]:g}{dropped}, on {batch}; log-softmax in "
-            f"{train.loss_dtype}. "
+            f"and betas {train.betas[0]:g} and {train.betas[1]:g}{dropped}, on {batch}; {loss} in "
+            f"{train.loss_dtype}{_accelerated(train)}. "
         )
     return Section(
         title="Training",
@@ -131,6 +132,16 @@ def _training(run: Run) -> Section | None:
         landmarks=run.log.landmarks(),
         references=("power2022grokking",),
     )
+
+
+def _accelerated(train: TrainConfig) -> str:
+    grokfast = (
+        ""
+        if train.grokfast is None
+        else "; Grokfast adds {1:g} times the gradients' running mean (decay {0:g})".format(*train.grokfast)
+    )
+    orthogonal = "; gradients orthogonal to the parameters" if train.orthogonal_gradient else ""
+    return grokfast + orthogonal
 
 
 def _progress(evidence: Evidence) -> Section | None:

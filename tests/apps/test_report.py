@@ -456,6 +456,18 @@ def test_how_it_was_trained_is_said(small: Run, evidence: Evidence) -> None:
     assert "weight decay 1 of matrices alone and betas 0.9 and 0.98, dropout 0.1, on batches of 32" in training.text
 
 
+def test_how_it_was_accelerated_is_said(small: Run, evidence: Evidence) -> None:
+    [_, plain, *_] = sections_of(evidence)
+    assert "log-softmax in float64. " in plain.text
+    settings = ["loss=stablemax", "grokfast=[0.98, 2]", "orthogonal_gradient=true"]
+    changed = replace(small, recipe=small.recipe.override(settings))
+    [_, training, *_] = sections_of(replace(evidence, run=changed))
+    assert (
+        "StableMax in float64; Grokfast adds 2 times the gradients' running mean (decay 0.98); "
+        "gradients orthogonal to the parameters. " in training.text
+    )
+
+
 def test_the_controls_are_beside_the_finding(evidence: Evidence) -> None:
     [shares, losses] = next(each for each in sections_of(evidence) if each.title == "Controls").tables
     assert evidence.final is not None

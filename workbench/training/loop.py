@@ -31,6 +31,7 @@ from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator, thread_count
 from workbench.store import RunFolder, load_tensors, save_tensors, write_json, writing
 from workbench.tasks.base import Batch
+from workbench.training.acceleration import LOSSES, Loss, amplify_slow, orthogonal_to
 from workbench.training.checkpoints import METRICS, STATUS, Run, add_reason, list_checkpoints, save_checkpoint
 from workbench.training.curves import TrainLog
 from workbench.training.dropout import Masks, as_edits, draw_masks
@@ -51,21 +52,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 class AnswerLoss(nn.Module):
-    """The model with its loss, as one module to wrap: cross-entropy at the read positions."""
+    """The model with its loss at the read positions, as one module to wrap."""
 
-    def __init__(self, model: Transformer, loss_dtype: torch.dtype) -> None:
+    def __init__(self, model: Transformer, loss: Loss, loss_dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
+        self.loss = loss
         self.loss_dtype = loss_dtype
 
     def forward(self, plan: ReadPlan, answers: Int[Tensor, " reads"], total: float, masks: Masks) -> Float[Tensor, ""]:
-        """Summed cross-entropy of these rows, divided by `total`; with masks, what they drop is dropped."""
+        """Summed loss of these rows, divided by `total`; with masks, what they drop is dropped."""
         if masks:
             logits = self.model(plan.tokens, as_edits(masks))[plan.example, plan.position]
         else:
             logits = read_logits(self.model, plan)
-        logits = logits.to(self.loss_dtype)
-        return functional.cross_entropy(logits, answers, reduction="sum") / total
+        return self.loss(logits.to(self.loss_dtype), answers) / total
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -140,7 +141,9 @@ class Trainer:
             fused=True,
         )
         dtype = {"float32": torch.float32, "float64": torch.float64}[config.loss_dtype]
-        self.wrapped, self.optimiser = accelerator.prepare(AnswerLoss(self.model, dtype), optimiser)
+        loss = AnswerLoss(self.model, LOSSES[config.loss], dtype)
+        self.wrapped, self.optimiser = accelerator.prepare(loss, optimiser)
+        self.slow_gradients: dict[str, Tensor] = {}
         self.train_split = recipe.task.examples(recipe.task.splits[0]).to(accelerator.device)
         self.splits = {
             name: [Dataset.of(recipe.model, part) for part in _chunks(self._measured(name).to(accelerator.device))]
@@ -203,10 +206,22 @@ class Trainer:
         loss = self.wrapped(own.plan, own.answers, count / self.accelerator.num_processes, self._draw_masks(own))
         self.optimiser.zero_grad()
         self.accelerator.backward(loss)
+        self._change_gradients()
         if config.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_norm)
         self.optimiser.step()
         self.position.step += 1
+
+    def _change_gradients(self) -> None:
+        """Grokfast, then what is orthogonal to the weights, so that what Grokfast adds is so too."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is None:
+                continue
+            if self.config.grokfast is not None:
+                mean = self.slow_gradients.get(name)
+                parameter.grad, self.slow_gradients[name] = amplify_slow(parameter.grad, mean, *self.config.grokfast)
+            if self.config.orthogonal_gradient:
+                parameter.grad = orthogonal_to(parameter.detach(), parameter.grad)
 
     def save_state(self) -> None:
         """Write what resuming needs, and drop all but the last two states."""
@@ -216,6 +231,7 @@ class Trainer:
         tensors = {f"weights.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        tensors |= {f"slow.{name}": mean for name, mean in self.slow_gradients.items()}
         tensors["generator.batches"] = self.batch_generator.get_state()
         metrics = self.folder.path / METRICS
         card = {
@@ -248,6 +264,8 @@ class Trainer:
             index, _, moment = name.partition(".")
             state["state"].setdefault(int(index), {})[moment] = value
         self.optimiser.load_state_dict(state)
+        device = self.accelerator.device
+        self.slow_gradients = {name: mean.to(device) for name, mean in _under(tensors, "slow.").items()}
         self.batch_generator.set_state(tensors["generator.batches"])
         self.position = Position(step=card["step"], seconds=card["seconds"])
         if self.accelerator.is_main_process:

@@ -56,8 +56,19 @@ class TrainConfig:
     """
     clip_norm: float | None = None
     """Largest gradient norm; None does not clip."""
+    loss: Literal["cross_entropy", "stablemax"] = "cross_entropy"
+    """What is minimised: stablemax replaces the softmax's exponential by a line and its mirror (Prieto et al. 2025).
+
+    What is logged stays the cross-entropy, so that runs compare.
+    """
     loss_dtype: Literal["float32", "float64"] = "float64"
-    """Precision of the log-softmax. In float32 losses below 1e-7 are lost and training slingshots."""
+    """Precision of the loss. In float32 cross-entropies below 1e-7 are lost and training slingshots."""
+    grokfast: tuple[float, float] | None = None
+    """Decay alpha of the gradients' running mean, and how many times (lambda) it is added to them at every step, before
+    clipping (Grokfast-EMA, Lee et al. 2024: 0.98 and 2); None adds nothing."""
+    orthogonal_gradient: bool = False
+    """Whether each parameter's gradient loses its part along the parameter and is brought back to its norm, after
+    Grokfast and before clipping (Prieto et al. 2025)."""
     evaluate_every: int = 100
     stop_when_clean: bool = True
     """Stop once the task is generalised and the sum of squared weights has settled."""
@@ -83,10 +94,19 @@ class TrainConfig:
             raise WorkbenchError(f"betas must lie in [0, 1), got {self.betas}.")
         if not 0 <= self.dropout < 1:
             raise WorkbenchError(f"dropout must lie in [0, 1), got {self.dropout}.")
-        if self.decay not in ("all", "matrices"):
-            raise WorkbenchError(f"Unknown decay {self.decay!r}. Known: all, matrices.")
-        if self.loss_dtype not in ("float32", "float64"):
-            raise WorkbenchError(f"Unknown loss_dtype {self.loss_dtype!r}. Known: float32, float64.")
+        if self.grokfast is not None and not (0 <= self.grokfast[0] < 1 and 0 <= self.grokfast[1] < math.inf):
+            raise WorkbenchError(
+                "grokfast must be null, or alpha in [0, 1) and lambda at least 0, such as [0.98, 2.0], "
+                f"got {self.grokfast}."
+            )
+        words = {
+            "decay": ("all", "matrices"),
+            "loss": ("cross_entropy", "stablemax"),
+            "loss_dtype": ("float32", "float64"),
+        }
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise WorkbenchError(f"Unknown {name} {getattr(self, name)!r}. Known: {', '.join(known)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,14 +268,21 @@ def _hints(value: object) -> dict[str, Any]:
     return typing.get_type_hints(type(value))
 
 
+def _as_floats(value: Any) -> Any:
+    """Whole numbers as floats, those in tuples too."""
+    if isinstance(value, tuple):
+        return tuple(map(_as_floats, value))
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _read_value(key: str, text: str, hint: Any) -> Any:
     try:
         value = json.loads(text)
     except ValueError:
         value = text
     value = _with_tuples(value)
-    if isinstance(value, int) and not isinstance(value, bool) and not is_bearable(value, hint):
-        value = float(value)
+    if not is_bearable(value, hint):
+        value = _as_floats(value)
     if not is_bearable(value, hint):
         wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
         raise WorkbenchError(f"Setting {key}={text} is not of the kind {wanted}.")
