@@ -36,6 +36,8 @@ def main() -> None:
             tensors[f"gradient.{name}"] = parameter.grad.contiguous()
             tensors[f"weight.{name}"] = parameter.detach().contiguous()
         save_file(tensors, Path(folder) / f"{accelerator.num_processes}.safetensors")
+    # One process that leaves while the other still works can take it down on its way out.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
