@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 from apps.ui.state import FIRST_CHOICE
 
 PAGES = ("Runs", "Train", "Dynamics", "Explore", "Circuit", "Report")
-REASONERS = ("composition", "composition-shared")
+REASONERS = ("composition", "composition-shared", "comparison")
 
 
 @pytest.fixture(scope="module")

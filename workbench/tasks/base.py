@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from workbench.runtime import WorkbenchError, nearest
+from workbench.runtime import WorkbenchError, generator, nearest
 
 TENSORS = ("tokens", "targets", "read", "corrupt", "distractor")
 
@@ -102,6 +102,38 @@ def join(batches: Sequence[Batch]) -> Batch:
         for name, latent in first.latents.items()
     }
     return replace(first, **stacked, latents=latents, dropped=sum(batch.dropped for batch in batches))
+
+
+def sample_pairs(
+    pool: Batch, n: int, *, split: str, seed: int | torch.Generator, contrast: Callable[[Batch, torch.Generator], Batch]
+) -> Batch:
+    """`n` examples of a pool without repeats, each with its counterfactual, in a random order.
+
+    Args:
+        pool: every example of the split.
+        n: how many.
+        split: its name, for errors.
+        seed: of the order and the counterfactuals.
+        contrast: gives examples their counterfactuals, and leaves out and counts those that have none.
+
+    Raises:
+        WorkbenchError: there are fewer than `n` examples with headroom.
+    """
+    if not 1 <= n <= len(pool):
+        raise WorkbenchError(f"Asked for {n} examples of split {split!r}, which has {len(pool)}. Ask for 1 to that.")
+    rng = generator(seed, "sample")
+    order = torch.randperm(len(pool), generator=rng)
+    # Drawn one pass at a time, so that `dropped` counts only the pairs that were looked at for these n.
+    kept = contrast(pool.select(order[:n]), rng)
+    looked_at = n
+    while len(kept) < n and looked_at < len(pool):
+        missing = n - len(kept)
+        more = contrast(pool.select(order[looked_at : looked_at + missing]), rng)
+        looked_at += missing
+        kept = join([kept, more])
+    if len(kept) < n:
+        raise WorkbenchError(f"Asked for {n} pairs of split {split!r}; only {len(kept)} have headroom.")
+    return kept
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.runtime import WorkbenchError, generator
-from workbench.tasks.base import Batch, check_choice, join
+from workbench.tasks.base import Batch, check_choice, join, sample_pairs
 
 ROWS = 8192
 """Prompts that get their counterfactuals at once: bounds the table of candidates."""
@@ -76,24 +76,9 @@ class FactTask(ABC):
         Raises:
             WorkbenchError: the split has fewer than `n` examples with headroom.
         """
-        pool = self.examples(split)
-        if not 1 <= n <= len(pool):
-            raise WorkbenchError(
-                f"Asked for {n} examples of split {split!r}, which has {len(pool)}. Ask for 1 to that."
-            )
-        rng = generator(seed, "sample")
-        order = torch.randperm(len(pool), generator=rng)
-        # Drawn one pass at a time, so that `dropped` counts only the pairs that were looked at for these n.
-        kept = self.contrast(pool.select(order[:n]), seed=rng)
-        looked_at = n
-        while len(kept) < n and looked_at < len(pool):
-            missing = n - len(kept)
-            more = self.contrast(pool.select(order[looked_at : looked_at + missing]), seed=rng)
-            looked_at += missing
-            kept = join([kept, more])
-        if len(kept) < n:
-            raise WorkbenchError(f"Asked for {n} pairs of split {split!r}; only {len(kept)} have headroom.")
-        return kept
+        return sample_pairs(
+            self.examples(split), n, split=split, seed=seed, contrast=lambda batch, rng: self.contrast(batch, seed=rng)
+        )
 
     def contrast(self, batch: Batch, kind: str | None = None, *, seed: int | torch.Generator = 0) -> Batch:
         """The batch with counterfactuals of a kind; prompts that have none are dropped and counted in `dropped`."""

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.runtime import WorkbenchError, generator
-from workbench.tasks.base import Batch, Latent, check_choice, join
+from workbench.tasks.base import Batch, Latent, check_choice, sample_pairs
 
 Operation = Literal["add", "sub", "mul", "div"]
 SYMBOLS: dict[str, str] = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
@@ -117,24 +117,9 @@ class Modular:
         Raises:
             WorkbenchError: the split has fewer than `n` pairs with headroom.
         """
-        pool = self.examples(split)
-        if not 1 <= n <= len(pool):
-            raise WorkbenchError(
-                f"Asked for {n} examples of split {split!r}, which has {len(pool)}. Ask for 1 to that."
-            )
-        rng = generator(seed, "sample")
-        shuffled = pool.select(torch.randperm(len(pool), generator=rng))
-        # Drawn one pass at a time, so that `dropped` counts only the pairs that were looked at for these n.
-        kept = self.contrast(shuffled.select(slice(0, n)), seed=rng)
-        looked_at = n
-        while len(kept) < n and looked_at < len(shuffled):
-            missing = n - len(kept)
-            more = self.contrast(shuffled.select(slice(looked_at, looked_at + missing)), seed=rng)
-            looked_at += missing
-            kept = join([kept, more])
-        if len(kept) < n:
-            raise WorkbenchError(f"Asked for {n} pairs of split {split!r}; only {len(kept)} have headroom.")
-        return kept
+        return sample_pairs(
+            self.examples(split), n, split=split, seed=seed, contrast=lambda batch, rng: self.contrast(batch, seed=rng)
+        )
 
     def contrast(self, batch: Batch, kind: str | None = None, *, seed: int | torch.Generator = 0) -> Batch:
         """The batch with counterfactuals: operand `a`, `b`, or either one (`operand`) replaced by another residue.
