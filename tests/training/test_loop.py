@@ -103,7 +103,7 @@ def test_biases_and_norms_are_not_decayed_where_only_matrices_are(tmp_path, deca
     for parameter in trainer.model.parameters():
         parameter.data.fill_(1)
         parameter.grad = torch.zeros_like(parameter)
-    trainer.optimiser.step()
+    trainer.optimisers[0].step()
     for name, parameter in trainer.model.named_parameters():
         decayed = decay == "all" or name.rsplit(".", 1)[-1].startswith("W_")
         assert torch.allclose(parameter, torch.tensor(0.95 if decayed else 1.0)), name

@@ -281,13 +281,17 @@ class Transformer(nn.Module):
     @property
     def matrices(self) -> tuple[nn.Parameter, ...]:
         """The parameters that multiply, embeddings among them; the others are biases, and scales of LayerNorms."""
-        inner = [matrix for block in self.weights for matrix in cast(Block, block).matrices]
         return (
             self.embed.W_E,
             self.pos_embed.W_pos,
-            *inner,
+            *self.block_matrices,
             *(() if self.unembed.W_U is None else (self.unembed.W_U,)),
         )
+
+    @property
+    def block_matrices(self) -> tuple[nn.Parameter, ...]:
+        """Those of `matrices` inside the blocks."""
+        return tuple(matrix for block in self.weights for matrix in cast(Block, block).matrices)
 
     @property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:

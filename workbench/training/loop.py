@@ -35,6 +35,7 @@ from workbench.training.acceleration import LOSSES, Loss, amplify_slow, orthogon
 from workbench.training.checkpoints import METRICS, STATUS, Run, add_reason, list_checkpoints, save_checkpoint
 from workbench.training.curves import TrainLog
 from workbench.training.dropout import Masks, as_edits, draw_masks
+from workbench.training.optimisers import optimisers_of
 from workbench.training.recipe import Recipe, TrainConfig
 
 STATE_SECONDS = 5.0
@@ -133,16 +134,9 @@ class Trainer:
         self.config, self.position = recipe.train, Position()
         config = self.config
         self.model = Transformer(recipe.model, generator=generator(config.init_seed, "init"))
-        optimiser = torch.optim.AdamW(
-            _by_decay(self.model, config),
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
         dtype = {"float32": torch.float32, "float64": torch.float64}[config.loss_dtype]
         loss = AnswerLoss(self.model, LOSSES[config.loss], dtype)
-        self.wrapped, self.optimiser = accelerator.prepare(loss, optimiser)
+        self.wrapped, *self.optimisers = accelerator.prepare(loss, *optimisers_of(self.model, config))
         self.slow_gradients: dict[str, Tensor] = {}
         self.train_split = recipe.task.examples(recipe.task.splits[0]).to(accelerator.device)
         self.splits = {
@@ -199,17 +193,20 @@ class Trainer:
         """One update of the weights."""
         config = self.config
         warm = min(1.0, (self.position.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.learning_rate * warm
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = config.learning_rate * warm
         own, count = self._draw()
         # Gradients of several processes are averaged: each gives its share times their number.
         loss = self.wrapped(own.plan, own.answers, count / self.accelerator.num_processes, self._draw_masks(own))
-        self.optimiser.zero_grad()
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
         self.accelerator.backward(loss)
         self._change_gradients()
         if config.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_norm)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         self.position.step += 1
 
     def _change_gradients(self) -> None:
@@ -229,8 +226,10 @@ class Trainer:
             return
         folder, step = self.folder.path / "state", self.position.step
         tensors = {f"weights.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for index, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        for place, optimiser in enumerate(self.optimisers):
+            for index, moments in optimiser.state_dict()["state"].items():
+                prefix = f"optimiser.{place}.{index}"
+                tensors |= {f"{prefix}.{name}": torch.as_tensor(value) for name, value in moments.items()}
         tensors |= {f"slow.{name}": mean for name, mean in self.slow_gradients.items()}
         tensors["generator.batches"] = self.batch_generator.get_state()
         metrics = self.folder.path / METRICS
@@ -258,12 +257,13 @@ class Trainer:
                 self.accelerator.num_processes,
             )
         self.model.load_state_dict(_under(tensors, "weights."))
-        state = self.optimiser.state_dict()
-        state["state"] = {}
-        for name, value in _under(tensors, "optimiser.").items():
-            index, _, moment = name.partition(".")
-            state["state"].setdefault(int(index), {})[moment] = value
-        self.optimiser.load_state_dict(state)
+        for place, optimiser in enumerate(self.optimisers):
+            state = optimiser.state_dict()
+            state["state"] = {}
+            for name, value in _under(tensors, f"optimiser.{place}.").items():
+                index, _, moment = name.partition(".")
+                state["state"].setdefault(int(index), {})[moment] = value
+            optimiser.load_state_dict(state)
         device = self.accelerator.device
         self.slow_gradients = {name: mean.to(device) for name, mean in _under(tensors, "slow.").items()}
         self.batch_generator.set_state(tensors["generator.batches"])
@@ -373,15 +373,6 @@ class Trainer:
 def is_evaluation(step: int, config: TrainConfig) -> bool:
     """Whether a step is evaluated: at regular steps, and at powers of two, where the log-spaced checkpoints are."""
     return step % config.evaluate_every == 0 or step & (step - 1) == 0 or step == config.steps
-
-
-def _by_decay(model: Transformer, config: TrainConfig) -> list[dict[str, Any]]:
-    """The model's parameters in groups of one weight decay each."""
-    if config.decay == "all":
-        return [{"params": list(model.parameters())}]
-    matrices = set(model.matrices)
-    others = [parameter for parameter in model.parameters() if parameter not in matrices]
-    return [{"params": list(model.matrices)}, {"params": others, "weight_decay": 0.0}]
 
 
 def _losses(model: Transformer, split: str, parts: list[Dataset]) -> dict[str, float]:

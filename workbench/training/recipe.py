@@ -38,15 +38,18 @@ class TrainConfig:
 
     steps: int
     """Most steps to take."""
+    optimiser: Literal["adamw", "muon", "signum"] = "adamw"
+    """What makes updates of gradients. Muon takes the blocks' matrices and leaves the rest to AdamW."""
     learning_rate: float = 1e-3
     weight_decay: float = 1.0
-    """Decoupled (AdamW), on the parameters that `decay` names."""
+    """Decoupled, on the parameters that `decay` names; Muon decays all that it takes."""
     decay: Literal["all", "matrices"] = "all"
     """What is decayed: every parameter, or only those that multiply, not biases and LayerNorms, as GPT-2 is trained."""
     dropout: float = 0.0
     """Share of the embeddings' sum, of each attention pattern and of what each branch writes that is dropped at a step,
     as in GPT-2; 0 drops nothing."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Decays of AdamW's running means of the gradient and of its square; the first is Muon's and Signum's momentum."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its value."""
     batch_size: int | None = None
@@ -100,6 +103,7 @@ class TrainConfig:
                 f"got {self.grokfast}."
             )
         words = {
+            "optimiser": ("adamw", "muon", "signum"),
             "decay": ("all", "matrices"),
             "loss": ("cross_entropy", "stablemax"),
             "loss_dtype": ("float32", "float64"),
