@@ -16,11 +16,12 @@ from apps.evidence import Evidence, claims
 from apps.reasoner_sections import WANG, reasoner_sections
 from apps.sections import Section
 from apps.shipped_card import shipped_card
+from apps.training_section import training_section
 from probes.fourier import LOSS_LABELS, FourierResult
 from workbench.intervals import Estimate
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
-from workbench.training.recipe import Recipe, TrainConfig
+from workbench.training.recipe import Recipe
 
 MOST_BARS = 60
 """Bars of a picture."""
@@ -30,7 +31,7 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
     """What a report of a run says, from the summary to the last analysis."""
     found = (
         _summary(evidence),
-        _training(evidence.run),
+        training_section(evidence.run),
         *(() if evidence.reasoner is None else reasoner_sections(evidence.reasoner)),
         _progress(evidence),
         _fourier(evidence),
@@ -104,44 +105,6 @@ def _story(run: Run) -> str:
         f"It {' and '.join(reached)}, and ended at step {last['step']}{took} ({run.status['reason']}): "
         f"test loss {last['test_loss']:.3g}, test accuracy {last['test_accuracy']:.4g}."
     )
-
-
-def _training(run: Run) -> Section | None:
-    if not run.log.rows:
-        return None
-    train = run.recipe.train
-    how = ""
-    if train is not None:
-        batch = (
-            "the whole training split at every step" if train.batch_size is None else f"batches of {train.batch_size}"
-        )
-        decayed = "" if train.decay == "all" else " of matrices alone"
-        dropped = f", dropout {train.dropout:g}" if train.dropout else ""
-        loss = "log-softmax" if train.loss == "cross_entropy" else "StableMax"
-        how = (
-            f"AdamW with learning rate {train.learning_rate:g}, decoupled weight decay {train.weight_decay:g}{decayed} "
-            f"and betas {train.betas[0]:g} and {train.betas[1]:g}{dropped}, on {batch}; {loss} in "
-            f"{train.loss_dtype}{_accelerated(train)}. "
-        )
-    return Section(
-        title="Training",
-        text=f"{how}{len(run.log.rows)} evaluations. A landmark is the first evaluation from which an accuracy stays "
-        f"for ten evaluations at {run.log.memorised_accuracy:g} or above on the training split (memorised), at "
-        f"{run.log.solved_accuracy:g} or above on the test split (generalised).",
-        tables=tuple(run.log.tables()),
-        landmarks=run.log.landmarks(),
-        references=("power2022grokking",),
-    )
-
-
-def _accelerated(train: TrainConfig) -> str:
-    grokfast = (
-        ""
-        if train.grokfast is None
-        else "; Grokfast adds {1:g} times the gradients' running mean (decay {0:g})".format(*train.grokfast)
-    )
-    orthogonal = "; gradients orthogonal to the parameters" if train.orthogonal_gradient else ""
-    return grokfast + orthogonal
 
 
 def _progress(evidence: Evidence) -> Section | None:

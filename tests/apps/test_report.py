@@ -446,28 +446,6 @@ def test_sections_of_a_grokked_run(small: Run, evidence: Evidence) -> None:
         assert set(each.references) <= set(REFERENCES)
 
 
-def test_how_it_was_trained_is_said(small: Run, evidence: Evidence) -> None:
-    [_, plain, *_] = sections_of(evidence)
-    assert "decoupled weight decay 1 and betas" in plain.text
-    assert "dropout" not in plain.text
-    assert "at 0.99 or above on the training split (memorised), at 0.99 or above on the test split" in plain.text
-    changed = replace(small, recipe=small.recipe.override(["dropout=0.1", "decay=matrices", "batch_size=32"]))
-    [_, training, *_] = sections_of(replace(evidence, run=changed))
-    assert "weight decay 1 of matrices alone and betas 0.9 and 0.98, dropout 0.1, on batches of 32" in training.text
-
-
-def test_how_it_was_accelerated_is_said(small: Run, evidence: Evidence) -> None:
-    [_, plain, *_] = sections_of(evidence)
-    assert "log-softmax in float64. " in plain.text
-    settings = ["loss=stablemax", "grokfast=[0.98, 2]", "orthogonal_gradient=true"]
-    changed = replace(small, recipe=small.recipe.override(settings))
-    [_, training, *_] = sections_of(replace(evidence, run=changed))
-    assert (
-        "StableMax in float64; Grokfast adds 2 times the gradients' running mean (decay 0.98); "
-        "gradients orthogonal to the parameters. " in training.text
-    )
-
-
 def test_the_controls_are_beside_the_finding(evidence: Evidence) -> None:
     [shares, losses] = next(each for each in sections_of(evidence) if each.title == "Controls").tables
     assert evidence.final is not None
