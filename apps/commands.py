@@ -66,7 +66,7 @@ def train(options: argparse.Namespace) -> Printout:
         **accuracies(run),
         "step_memorised": run.log.step_memorised,
         "step_generalised": run.log.step_generalised,
-        "reason": run.status["reason"],
+        **{name: run.status[name] for name in ("reason", "threads", "repeatable")},
     }
     return Printout(content=content, text=as_lines(content))
 

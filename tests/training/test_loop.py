@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from workbench.runtime import WorkbenchError
-from workbench.store import new_run
+from workbench.store import digest, new_run
 from workbench.tasks.modular import Modular
 from workbench.tasks.pairs import Pairs
 from workbench.training import loop
@@ -238,6 +238,44 @@ def test_interruption_saves_a_state_that_resumes_bit_identical(tmp_path, setting
     assert without[0] == without[1]
     # Signals are handed back.
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_that_went_on_with_other_threads_is_not_repeatable_and_says_so(tmp_path, monkeypatch, caplog):
+    def interrupt(step, steps, row):
+        if step == 40:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = find_recipe("composition-smoke").override(["d_model=16", "d_head=4", "d_mlp=16", "steps=80"])
+    unbroken = train(recipe, new_run("whole", tmp_path))
+    folder = new_run("broken", tmp_path)
+    with pytest.raises(Interrupted):
+        train(recipe, folder, on_progress=interrupt)
+    assert not caplog.records
+    monkeypatch.setattr(loop, "thread_count", lambda: 7)
+    resumed = train(recipe, folder, resume=True)
+    assert "now there are 7 in 1: the run goes on, but will not be bit-identical" in caplog.text
+    assert (unbroken.status["repeatable"], resumed.status["repeatable"]) == (True, False)
+    # Once and for all: a state of such a run is not one of an unbroken run either.
+    again = train(recipe, folder, resume=True)
+    assert (again.status["threads"], again.status["repeatable"]) == (7, False)
+    # Recipe, and with it world and splits, are the same; so are the batches, whose sizes and order the log shows.
+    assert resumed.recipe == unbroken.recipe
+    assert [row["step"] for row in resumed.log.rows] == [row["step"] for row in unbroken.log.rows]
+
+
+def test_data_and_splits_do_not_depend_on_threads():
+    def digests(threads):
+        torch.set_num_threads(threads)
+        task = find_recipe("composition-smoke").task
+        return {split: digest(task.examples(split).tokens.numpy().tobytes()) for split in task.splits}
+
+    before = torch.get_num_threads()
+    try:
+        one, two = digests(1), digests(2)
+    finally:
+        torch.set_num_threads(before)
+    assert one == two
+    assert len(set(one.values())) == len(one)
 
 
 def test_training_off_the_main_thread_leaves_signals_alone(tmp_path):

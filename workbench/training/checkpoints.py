@@ -75,7 +75,11 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """How the run ended: `finished`, `reason`, `seconds`. Before that, `finished` is false."""
+        """How the run ended: `finished`, `reason`, `seconds`. Before that, `finished` is false.
+
+        A run that was trained here also says with how many `threads`, and whether it is `repeatable`: bit by bit on the
+        same machine with as many threads and processes.
+        """
         path = self.folder.path / STATUS
         return read_json(path) if path.exists() else {"finished": False, "reason": "not finished", "seconds": None}
 

@@ -91,6 +91,8 @@ class Position:
 
     step: int = 0
     seconds: float = 0.0
+    repeatable: bool = True
+    """Whether the same threads and processes computed all of it, so that it can be repeated bit by bit."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -239,6 +241,7 @@ class Trainer:
             "log_offset": metrics.stat().st_size,
             "threads": thread_count(),
             "processes": self.accelerator.num_processes,
+            "repeatable": self.position.repeatable,
         }
         save_tensors(folder / f"step_{step:08d}.safetensors", tensors, card)
         for old in sorted(folder.glob("step_*.safetensors"))[:-STATES_KEPT]:
@@ -247,7 +250,8 @@ class Trainer:
             old.unlink(missing_ok=True)
 
     def _restore(self, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
-        if (card["threads"], card["processes"]) != (thread_count(), self.accelerator.num_processes):
+        same = (card["threads"], card["processes"]) == (thread_count(), self.accelerator.num_processes)
+        if not same:
             log.warning(
                 "The state was written with %s threads in %s processes, now there are %s in %s: "
                 "the run goes on, but will not be bit-identical to an unbroken one.",
@@ -267,7 +271,8 @@ class Trainer:
         device = self.accelerator.device
         self.slow_gradients = {name: mean.to(device) for name, mean in _under(tensors, "slow.").items()}
         self.batch_generator.set_state(tensors["generator.batches"])
-        self.position = Position(step=card["step"], seconds=card["seconds"])
+        repeatable = same and card.get("repeatable", True)
+        self.position = Position(step=card["step"], seconds=card["seconds"], repeatable=repeatable)
         if self.accelerator.is_main_process:
             self._cut_after(card["log_offset"])
         self.accelerator.wait_for_everyone()
@@ -356,8 +361,9 @@ class Trainer:
         for name, step in self._log().landmarks().items():
             add_reason(self.folder, step, name)
         self.save_state()
+        how = {"threads": thread_count(), "repeatable": self.position.repeatable}
         seconds = round(self.position.seconds, 3)
-        write_json(self.folder.path / STATUS, {"finished": True, "reason": reason, "seconds": seconds})
+        write_json(self.folder.path / STATUS, {"finished": True, "reason": reason, "seconds": seconds, **how})
 
     def _log(self) -> TrainLog:
         return TrainLog.of(self.recipe.task, self.position.rows)
