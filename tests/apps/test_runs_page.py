@@ -5,7 +5,7 @@ import io
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -75,23 +75,6 @@ def model_files(small: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 # Two runs ---------------------------------------------------------------------------------------------------------
-
-
-def test_settings_that_differ(small: Run, other: Run) -> None:
-    differing = runs.differing_settings(small.recipe, other.recipe)
-    assert differing == {
-        "task.seed": ("0", "5"),
-        "train.learning_rate": ("0.01", "0.5"),
-        "train.init_seed": ("0", "5"),
-        "train.batch_seed": ("0", "5"),
-    }
-    assert runs.differing_settings(small.recipe, small.recipe) == {}
-
-
-def test_a_setting_that_only_one_recipe_has_differs(small: Run) -> None:
-    imported = replace(small.recipe, train=None)
-    assert runs.differing_settings(imported, small.recipe)["train.steps"] == ("–", "400")
-    assert runs.differing_settings(small.recipe, imported)["train.steps"] == ("400", "–")
 
 
 def test_both_losses_are_on_one_axis(small: Run, other: Run) -> None:

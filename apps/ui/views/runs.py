@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -17,7 +16,7 @@ from workbench.runtime import WorkbenchError
 from workbench.store import read_json
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
-from workbench.training.recipe import Recipe
+from workbench.training.recipe import differing_settings, flat
 
 NOBODY = "nobody"
 STATUS_COLOURS = {"training": "blue", "not finished": "orange"}
@@ -180,7 +179,10 @@ def _two_runs(run: Run) -> None:
         st.markdown("**Differing settings:** none, the two runs were made from the same recipe.")
         return
     st.markdown("**Differing settings**")
-    rows = [{"setting": key, run.reference: one, other.reference: two} for key, (one, two) in differing.items()]
+    rows = [
+        {"setting": key, run.reference: text_of(one), other.reference: text_of(two)}
+        for key, (one, two) in differing.items()
+    ]
     st.dataframe(pd.DataFrame(rows), hide_index=True, height="content")
 
 
@@ -216,17 +218,6 @@ def side_by_side(run: Run, other: Run) -> pd.DataFrame:
     return pd.DataFrame({"what": names, **columns})
 
 
-def differing_settings(recipe: Recipe, other: Recipe) -> dict[str, tuple[str, str]]:
-    """Settings that are not the same in two recipes, with both values."""
-    one, two = flat(recipe.to_json()), flat(other.to_json())
-    keys = [*one, *(key for key in two if key not in one)]
-    return {
-        key: (text_of(one.get(key)), text_of(two.get(key)))
-        for key in keys
-        if key.partition(".")[0] in ("task", "model", "train") and one.get(key) != two.get(key)
-    }
-
-
 def kept_results(run: Run) -> list[dict[str, Any]]:
     """What analyses found on a run and kept, a row each, newest first."""
     cards = sorted(run.folder.results.glob("*/result.json"), key=lambda card: card.stat().st_mtime, reverse=True)
@@ -243,17 +234,6 @@ def kept_results(run: Run) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, under dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def step_text(step: int | None) -> str:
