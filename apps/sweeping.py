@@ -1,4 +1,4 @@
-"""`workbench sweep`: plans the runs, trains those that are not finished, and prints when each setting generalised."""
+"""`workbench sweep`: plans the runs, trains those that are not finished, and tells when each setting generalised."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 from apps.printing import Printout, as_columns, share_bar, stopwatch
 from workbench.runtime import WorkbenchError
-from workbench.training.engines import train_in_processes
 from workbench.training.landmarks import SweepResult, sweep_result
-from workbench.training.recipes import find_recipe
-from workbench.training.sweeps import members_to_train, plan_sweep, read_alternatives, read_seeds, read_variants
 
 
 def sweep(options: argparse.Namespace) -> Printout:
     """Train what a sweep lacks; its exit code is 1 if a run failed."""
+    from workbench.training.engines import train_in_processes
+    from workbench.training.recipes import find_recipe
+    from workbench.training.sweeps import members_to_train, plan_sweep, read_alternatives, read_seeds, read_variants
+
     members = plan_sweep(
         find_recipe(options.recipe),
         seeds=read_seeds(options.seeds),
@@ -33,42 +34,42 @@ def sweep(options: argparse.Namespace) -> Printout:
     if options.out is not None:
         _write(options.out, result)
     content = {**result.summary(), "trained": len(left) - len(failed), "failed": failed, **clock}
-    lines = [f"Failed: {name}: {reason}" for name, reason in failed.items()]
-    rows = [_row(row) for row in result.summary()["settings"]]
-    text = "\n".join([as_columns(rows, tuple(rows[0])), *lines])
-    return Printout(content=content, text=text, exit_code=1 if failed else 0)
+    rows = setting_rows(result)
+    lines = [as_columns(rows, tuple(rows[0])), *(f"Failed: {name}: {reason}" for name, reason in failed.items())]
+    return Printout(content=content, text="\n".join(lines), exit_code=1 if failed else 0)
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, str]:
-    """A setting as people read it: counts, medians with their ranges, means with their intervals."""
-    splits = [name.removesuffix("_accuracy") for name in row if name.endswith("_accuracy")]
+def setting_rows(result: SweepResult) -> list[dict[str, str]]:
+    """The settings as people read them: counts, medians with their ranges, rates and means with their intervals."""
+    return [_setting_row(row) for row in result.settings.to_dict("records")]
+
+
+def _setting_row(row: Mapping[Any, Any]) -> dict[str, str]:
+    places = {
+        "memorised at": "step_memorised",
+        "generalised at": "step_generalised",
+        "after seconds": "seconds_generalised",
+    }
+    accuracies = [name for name in row if name.endswith("_accuracy")]
     return {
         "setting": row["setting"],
         "seeds": str(row["n"]),
         "ended": str(row["ended"]),
         "memorised": str(row["memorised"]),
-        "generalised": f"{row['generalised']}{_between(row, 'generalised_rate', 'low', 'high', '.2f')}",
-        **{
-            name: "-" if row[key] is None else f"{row[key]:g}{_between(row, key, 'least', 'most', 'g')}"
-            for name, key in {
-                "memorised at": "step_memorised",
-                "generalised at": "step_generalised",
-                "in seconds": "seconds_generalised",
-            }.items()
-        },
-        **{
-            f"{split} accuracy": "-"
-            if row[key] is None
-            else f"{row[key]:.3f}{_between(row, key, 'low', 'high', '.3f')}"
-            for split in splits
-            for key in (f"{split}_accuracy",)
-        },
+        "generalised": str(row["generalised"]),
+        "rate": _with_ends(row, "generalised_rate", "low", "high", ".2f"),
+        **{name: _with_ends(row, key, "least", "most", "g") for name, key in places.items()},
+        **{key.replace("_", " "): _with_ends(row, key, "low", "high", ".3f") for key in accuracies},
     }
 
 
-def _between(row: Mapping[str, Any], key: str, low: str, high: str, form: str) -> str:
-    ends = row[f"{key}_{low}"], row[f"{key}_{high}"]
-    return "" if None in ends else f" [{ends[0]:{form}}, {ends[1]:{form}}]"
+def _with_ends(row: Mapping[Any, Any], key: str, low: str, high: str, form: str) -> str:
+    """A value and what it lies between; one run has no interval."""
+    value, ends = row[key], (row[f"{key}_{low}"], row[f"{key}_{high}"])
+    if value is None:
+        return "-"
+    known = all(end == end for end in ends)
+    return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if known else "")
 
 
 def _write(out: Path, result: SweepResult) -> None:

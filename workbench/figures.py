@@ -53,6 +53,7 @@ FEW_CELLS = 60
 """Up to so many cells in a panel, each shows its value."""
 FEW_BARS = 12
 FEW_SERIES = 8
+FEW_DECADES = 2
 TITLE_LINE = 92
 TITLE_MARGIN = 70
 BAND_OPACITY = 0.2
@@ -313,7 +314,8 @@ def _bar(
         ends = {"array": rows[axes["high"]] - values, "arrayminus": values - rows[axes["low"]]}
         look[f"error_{value_axis}"] = {"type": "data", "symmetric": False, "color": "#323f4b", **ends}
     if table.kind == "points":
-        marker = {"color": colour, "size": 10, "symbol": SYMBOLS[place % len(SYMBOLS)], "line": {"width": 2}}
+        marker = {"color": colour, "size": 10, "symbol": SYMBOLS[place % len(SYMBOLS)]}
+        marker["line"] = {"width": 2, "color": colour}
         return go.Scatter(mode="markers", marker=marker, **look)
     if table.log_y:
         return go.Scatter(mode="markers", marker={"color": colour, "size": 11}, **look)
@@ -344,14 +346,20 @@ def _draw_value_axis(table: Table, update: Any, **where: int) -> None:
     update(title_text=_label(unit) if silent else f"{_words(name)} ({_label(unit)})", **where)
     if table.log_y:
         # Plotly writes powers larger than other ticks.
-        update(type="log", exponentformat="power", tickfont={"size": 11}, dtick=_decades_a_tick(table))
+        update(type="log", exponentformat="power", tickfont={"size": 11}, **_log_ticks(table))
 
 
-def _decades_a_tick(table: Table) -> int:
-    """Decades between ticks, so that about eight are labelled."""
+def _log_ticks(table: Table) -> dict[str, Any]:
+    """Powers of ten so far apart that about eight are labelled; over few decades 1, 2 and 5 of each."""
     values = table.frame[table.axes["y"]].to_numpy(dtype=float)
     values = values[np.isfinite(values) & (values > 0)]
-    return max(1, round(math.log10(values.max() / values.min()) / 8)) if values.size else 1
+    if not values.size:
+        return {"dtick": 1}
+    first, last = math.log10(values.min()), math.log10(values.max())
+    if last - first >= FEW_DECADES:
+        return {"dtick": max(1, round((last - first) / 8))}
+    ticks = [digit * 10.0**power for power in range(math.floor(first), math.ceil(last) + 1) for digit in (1, 2, 5)]
+    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _with_legend(drawn: go.Figure, table: Table) -> go.Figure:

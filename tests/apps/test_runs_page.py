@@ -112,6 +112,23 @@ def test_kept_results_are_listed(small: Run, tmp_path: Path) -> None:
     assert "lens" in row["tables"]
 
 
+def test_runs_are_told_apart_by_setting(playground: Path, app_on: Callable) -> None:
+    app = app_on("runs", playground, run="small")
+    app.multiselect(key="sweep").set_value(["small", "other"]).run()
+    assert not app.exception
+    [table] = [each.value for each in app.dataframe if "generalised at" in each.value and "seeds" in each.value]
+    assert table["setting"].tolist() == ["learning_rate=0.01", "learning_rate=0.5"]
+    assert table["ended"].tolist() == ["1", "0"]
+    app.multiselect(key="sweep").set_value([]).run()
+    assert not any("seeds" in each.value for each in app.dataframe)
+
+
+def test_an_imported_run_has_no_landmarks(pairs_folder: Path, app_on: Callable) -> None:
+    app = app_on("runs", pairs_folder, run="own")
+    app.multiselect(key="sweep").set_value(["own"]).run()
+    assert [error.value for error in app.error] == ["Run 'own' was imported: without a training it has no landmarks."]
+
+
 # Import -----------------------------------------------------------------------------------------------------------
 
 

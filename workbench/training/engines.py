@@ -140,16 +140,11 @@ def _stop(workers: Sequence[_Worker]) -> None:
 
 def _share(members: Sequence[Member], running: Sequence[_Worker], waiting: Sequence[Run]) -> float:
     """Steps that are done, of the most that all runs may take; a run that has ended needs none of the others."""
-    most = {member.name: _steps(member.recipe) for member in members}
+    most = {member.name: member.recipe.trainable().steps for member in members}
     rows = {worker.run.reference: worker.run.folder.lines(METRICS) for worker in running}
     left = {name: most[name] - (lines[-1]["step"] if lines else 0) for name, lines in rows.items()}
     left |= {run.reference: most[run.reference] for run in waiting}
     return 1 - sum(left.values()) / sum(most.values())
-
-
-def _steps(recipe: Recipe) -> int:
-    assert recipe.train is not None
-    return recipe.train.steps
 
 
 def _work(folder: RunFolder) -> None:

@@ -66,7 +66,7 @@ class SweepResult:
                 frame=self._points(),
                 kind="points",
                 axes={"x": "setting", "y": "step", "series": "landmark"},
-                unit="steps",
+                unit="step",
                 caption=(
                     f"Landmarks of every run, by setting ({n}). A landmark that was never reached stands at the "
                     "run's last step."
@@ -77,7 +77,7 @@ class SweepResult:
 
     def summary(self) -> dict[str, object]:
         """The findings as one JSON object."""
-        return {"settings": _records(self.settings), "members": _records(self.runs)}
+        return {"settings": _records(self.settings), "runs": _records(self.runs)}
 
     def _points(self) -> pd.DataFrame:
         """A row for every run and landmark, those that were reached first."""
@@ -135,9 +135,14 @@ def settings_of(runs: Sequence[Run]) -> tuple[str, ...]:
     for run, own in zip(runs, flat, strict=True):
         family = [other for each, other in zip(runs, flat, strict=True) if each.recipe.name == run.recipe.name]
         varying = [key for key in own if any(other.get(key) != own[key] for other in family)]
-        parts = [f"{key.rpartition('.')[2]}={json.dumps(own[key])}" for key in varying]
+        parts = [f"{key.rpartition('.')[2]}={_as_text(own[key])}" for key in varying]
         labels.append(" ".join([run.recipe.name, *parts] if several else parts) or run.recipe.name)
     return tuple(labels)
+
+
+def _as_text(value: Any) -> str:
+    """A setting's value as one would type it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _run_row(run: Run, setting: str) -> dict[str, Any]:
@@ -173,7 +178,7 @@ def _setting_row(setting: str, rows: Sequence[Mapping[str, Any]], splits: Sequen
     return found
 
 
-def _median_and_range(name: str, values: Sequence[float]) -> dict[str, float | None]:
+def _median_and_range(name: str, values: Sequence[int | float]) -> dict[str, int | float | None]:
     middle = statistics.median(values) if values else None
     # Steps stay whole.
     middle = int(middle) if middle is not None and float(middle).is_integer() else middle

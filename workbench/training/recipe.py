@@ -170,6 +170,21 @@ class Recipe:
         train = None if self.train is None else replace(self.train, **changes["train"])
         return replace(self, task=task, model=model, train=train)
 
+    def trainable(self) -> TrainConfig:
+        """How it is trained.
+
+        Raises:
+            WorkbenchError: its model came trained, or its task lacks a split that training measures.
+        """
+        if self.train is None:
+            raise WorkbenchError(f"Recipe {self.name!r} was imported: it has no training to do or go on with.")
+        if not {"train", "test"} <= set(self.task.measured):
+            raise WorkbenchError(
+                f"Task {self.task.name!r} measures {', '.join(self.task.measured)}: a task that is trained needs "
+                "the splits train and test among them."
+            )
+        return self.train
+
     def full_key(self, key: str) -> str:
         """A setting's key with its part: `train.steps` for `steps`.
 

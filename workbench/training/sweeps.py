@@ -175,12 +175,14 @@ def _check_apart(recipe: Recipe, variants: Mapping[str, Sequence[str]], values: 
 
 
 def _check_members(members: Sequence[Member]) -> None:
-    """Raise a WorkbenchError unless every run has a name of its own and a world that can be."""
+    """Raise a WorkbenchError unless every run has a name of its own, a world that can be, and can be trained."""
     name, times = Counter(member.name for member in members).most_common(1)[0]
     if times > 1:
         raise WorkbenchError(
             f"{times} runs of the sweep would be called {name!r}: a seed or a value comes twice. Leave one out."
         )
+    for member in members:
+        member.recipe.trainable()
     for task in {repr(member.recipe.task): member.recipe.task for member in members}.values():
         task.examples(task.splits[0])
 

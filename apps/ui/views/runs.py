@@ -1,4 +1,4 @@
-"""Page Runs: all runs, one in full, two beside each other, and the way in for a model of one's own."""
+"""Page Runs: all runs, one in full, two beside each other, many by setting, and the way in for one's own model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from apps.commands import list_runs
+from apps.sweeping import setting_rows
 from apps.ui import state
 from apps.ui.links import link_to
 from apps.ui.views.importing import NEXT_RUN, importing
@@ -16,6 +17,7 @@ from workbench.runtime import WorkbenchError
 from workbench.store import read_json
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
+from workbench.training.landmarks import sweep_result
 from workbench.training.recipe import differing_settings, flat
 
 NOBODY = "nobody"
@@ -53,6 +55,7 @@ def page() -> None:
         _all_runs(run)
         _one_run(run)
         _two_runs(run)
+        _many_runs()
 
 
 def _all_runs(run: Run) -> None:
@@ -184,6 +187,37 @@ def _two_runs(run: Run) -> None:
         for key, (one, two) in differing.items()
     ]
     st.dataframe(pd.DataFrame(rows), hide_index=True, height="content")
+
+
+def _many_runs() -> None:
+    st.header("Landmarks by setting", divider="gray")
+    chosen = st.multiselect(
+        "Runs of a sweep",
+        state.references(),
+        key="sweep",
+        bind="query-params",
+        placeholder="Type to filter, then choose",
+        help="What tells their recipes apart is their setting; runs that differ by their seed alone share one.",
+    )
+    if not chosen:
+        return
+    try:
+        found = sweep_result([state.open_run(reference) for reference in chosen])
+    except WorkbenchError as error:
+        st.error(str(error))
+        return
+    settings, runs, landmarks = found.tables()
+    st.dataframe(pd.DataFrame(setting_rows(found)), hide_index=True, height="content")
+    st.caption(settings.caption)
+    st.plotly_chart(figure(landmarks), key="landmarks", config=PLOTLY)
+    state.download(landmarks, key="landmarks")
+    st.dataframe(runs.frame, hide_index=True, height="content")
+    names = ", ".join(f"workbench.load({reference!r})" for reference in chosen)
+    state.copy_as_python(
+        "import workbench\nfrom workbench.figures import figure\n"
+        "from workbench.training.landmarks import sweep_result\n\n"
+        f"found = sweep_result([{names}])\nfigure(found.tables()[-1]).show()\nfound.settings"
+    )
 
 
 def both_losses(run: Run, other: Run) -> Table:
