@@ -100,7 +100,7 @@ def test_a_run_that_fails_is_in_the_table_and_in_the_exit_code(
         "        assert split != 'test' or self.seed, 'no test today'\n"
         "        return super().examples(split)\n"
         "def faulty():\n"
-        "    return replace(modular_smoke(), task=Faulty(p=13, train_fraction=0.5)).override(['steps=20', 'p=13'])\n"
+        "    return replace(modular_smoke(), task=Faulty(p=59, train_fraction=0.5)).override(['steps=20', 'p=13'])\n"
     )
     command = ("sweep", f"{file}:faulty", "--seeds", "0..1", "--workers", "2", "--runs", str(tmp_path / "runs"))
     assert main(command) == 1

@@ -48,8 +48,8 @@ def faulty():
 """
 
 
-def plan(*, steps: int = 60, seeds: Sequence[int] = (0, 1), decays: Sequence[str] = ("0.1", "1")) -> tuple[Member, ...]:
-    recipe = find_recipe("modular-smoke").override([*TINY, f"steps={steps}"])
+def plan(*settings: str, seeds: Sequence[int] = (0, 1), decays: Sequence[str] = ("0.1", "1")) -> tuple[Member, ...]:
+    recipe = find_recipe("modular-smoke").override([*TINY, "steps=60", *settings])
     return plan_sweep(recipe, seeds=seeds, alternatives={"weight_decay": decays}, name="t")
 
 
@@ -115,13 +115,15 @@ def ctrl_c() -> None:
     raise KeyboardInterrupt
 
 
-def kill_workers() -> None:
-    for child in psutil.Process().children():
+def kill_workers() -> list[int]:
+    children = psutil.Process().children()
+    for child in children:
         child.kill()
+    return [child.pid for child in children]
 
 
 def test_a_sweep_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
-    members = plan(steps=1500, seeds=[0])
+    members = plan("steps=2000", "evaluate_every=100", seeds=[0])
     first, second = members
     with pytest.raises(Interrupted, match="What was trained is saved; the same command goes on"):
         train_in_processes(members, runs=tmp_path, on_progress=stop_when(members, tmp_path, 100, ctrl_c))
@@ -129,10 +131,12 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     untouched = contents(tmp_path / first.name)
     broken = (tmp_path / second.name / METRICS).read_bytes()
     step = second.run(tmp_path).log.rows[-1]["step"]
-    assert 100 < step < 1500
+    assert 100 < step < 2000
     # And the worker that goes on with it is killed once, and tried again.
-    killing = stop_when(members, tmp_path, step, kill_workers)
+    killed: list[int] = []
+    killing = stop_when(members, tmp_path, step, lambda: killed.extend(kill_workers()))
     assert train_in_processes(members_to_train(members, tmp_path), runs=tmp_path, on_progress=killing) == {}
+    assert len(killed) == 1
     assert contents(tmp_path / first.name) == untouched
     # The seconds are those of the first try: nothing up to the state was trained twice.
     assert (tmp_path / second.name / METRICS).read_bytes().startswith(broken)
@@ -169,7 +173,7 @@ def test_what_died_before_its_first_state_begins_anew(tmp_path: Path) -> None:
 
 def test_workers_leave_when_nobody_is_there_to_tell_them(tmp_path: Path) -> None:
     """The process that started them is killed: they see their input close, save and go."""
-    [member] = plan(steps=30_000, seeds=[0], decays=["1"])
+    [member] = plan("steps=30000", seeds=[0], decays=["1"])
     parent = os.fork()
     if not parent:
         with contextlib.suppress(BaseException):

@@ -152,12 +152,21 @@ def _work(folder: RunFolder) -> None:
     recipe = Recipe.from_json(json.loads(sys.stdin.buffer.readline()))
     threading.Thread(target=_stop_when_input_closes, daemon=True).start()
     resume = any((folder.path / "state").glob("step_*.json"))
-    with writing(folder.path):
-        if not resume:
-            # Without a state there is no work to lose, only what a run that died at birth has left.
-            shutil.rmtree(folder.path, ignore_errors=True)
-            folder.path.mkdir(parents=True)
+    if not resume:
+        _clear(folder)
     train(recipe, folder, resume=resume)
+
+
+def _clear(folder: RunFolder) -> None:
+    """An empty folder: without a state there is no work to lose, only what a run that died at birth has left."""
+    with writing(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with folder.lock():
+            for path in folder.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
 
 
 def _stop_when_input_closes() -> None:
