@@ -69,6 +69,23 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the run that is there")
     train.add_argument("--no-measures", action="store_true", help="leave the progress measures for later")
 
+    sweep = add("sweep", "train a recipe with many seeds, settings or variants, and compare when they generalise")
+    sweep.add_argument("recipe")
+    sweep.add_argument("--seeds", default="0..2", metavar="0..2|0,3,7", help="default: 0..2")
+    sweep.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE[,VALUE…]", help="a setting's values; repeatable"
+    )
+    sweep.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME[: KEY=VALUE …]",
+        help="a named bundle of settings, to be compared with the others; repeatable",
+    )
+    sweep.add_argument("--workers", type=int, default=1, help="runs trained at a time; several have one thread each")
+    sweep.add_argument("--name", help="of the sweep, with which the names of its runs begin (default: the recipe's)")
+    sweep.add_argument("--out", type=Path, help="also write tables and figures into this folder")
+
     add("runs", "list runs and the gallery")
     add("show", "one run: recipe, landmarks, checkpoints, results").add_argument("run")
 

@@ -71,6 +71,13 @@ def train(options: argparse.Namespace) -> Printout:
     return Printout(content=content, text=as_lines(content))
 
 
+def sweep(options: argparse.Namespace) -> Printout:
+    """Many runs of a recipe, and when they generalised."""
+    from apps.sweeping import sweep as train_and_compare
+
+    return train_and_compare(options)
+
+
 def runs(options: argparse.Namespace) -> Printout:
     """All runs, the gallery's too."""
     rows = list_runs(options.runs)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from workbench.runtime import is_main_process
 
@@ -100,31 +100,48 @@ def progress_bar(title: str, recipe: Recipe) -> Iterator[Callable[[int, int, Map
         yield on_progress
 
 
+class OnShare(Protocol):
+    """Told of the share that is done, and where there is more than one thing to do, what is done now."""
+
+    def __call__(self, share: float, now: str = "") -> None:
+        """Show it."""
+        ...
+
+
 @contextmanager
-def share_bar(title: str) -> Iterator[Callable[[float], None]]:
+def share_bar(title: str) -> Iterator[OnShare]:
     """A plain bar on standard error that shows a share, from the first on; in a log file a line a per cent."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     console = Console(stderr=True)
     if not console.is_terminal:
         told = -1
 
-        def on_share(share: float) -> None:
+        def on_share(share: float, now: str = "") -> None:
             nonlocal told
             if int(100 * share) > told:
                 told = int(100 * share)
-                console.print(f"{title} {told} %")
+                console.print(f"{title} {told} % {now}".rstrip(), soft_wrap=True, highlight=False)
 
         yield on_share
         return
-    progress = Progress(console=console)
-    bar = progress.add_task(title, total=1.0)
+    what = TextColumn("{task.fields[now]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        what,
+        console=console,
+    )
+    bar = progress.add_task(title, total=1.0, now="")
     with ExitStack() as stack:
 
-        def on_progress(share: float) -> None:
+        def on_progress(share: float, now: str = "") -> None:
             if not progress.live.is_started:
                 stack.enter_context(progress)
-            progress.update(bar, completed=share)
+            progress.update(bar, completed=share, now=now)
 
         yield on_progress

@@ -25,22 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
 from apps.comparison import Comparison, compare_tables
 from apps.evidence import gather
 from apps.manifest import NAME as MANIFEST
 from apps.manifest import manifest_of, read_manifest
 from apps.references import references
-from apps.report_page import PLOTLY_CONFIG, render
+from apps.report_page import render
 from apps.report_sections import sections_of
 from apps.sections import Section
 from apps.static_figures import draw_static
+from apps.table_files import has_picture, write_figures, write_tables
 from workbench.figures import figure, with_landmarks
 from workbench.runtime import WorkbenchError
 from workbench.store import digest, to_json, write_atomic, write_json, writing
 from workbench.tables import Table
 from workbench.training.checkpoints import Run, load
+from workbench.training.recipe import flat
 
 PAGE = "report.html"
 
@@ -100,14 +101,12 @@ def build_report(title: str, sections: Sequence[Section], out: Path, *, manifest
     started = time.perf_counter()
     check_out(out)
     tables = _named(sections)
-    figures = {name: _drawn(table, section) for name, (table, section) in tables.items() if _has_picture(table)}
+    figures = {name: _drawn(table, section) for name, (table, section) in tables.items() if has_picture(table)}
     static = draw_static({name: drawn.to_plotly_json() for name, drawn in figures.items()})
     with _staging(out) as folder:
         cited = references(key for section in sections for key in section.references)
-        for name, (table, _) in tables.items():
-            write_atomic(folder / "tables" / f"{name}.csv", table.csv().encode())
-            write_atomic(folder / "tables" / f"{name}.tex", table.latex().encode())
-        _write_figures(folder / "figures", figures, static.svg)
+        write_tables(folder, [table for table, _ in tables.values()])
+        write_figures(folder, figures, static.svg)
         write_atomic(folder / "references.bib", "\n\n".join(each.bibtex() for each in cited).encode() + b"\n")
         facts = {name: manifest[name] for name in ("recipe", "seeds", "environment")}
         page = render(
@@ -190,21 +189,13 @@ def _run_of(manifest: Mapping[str, Any], runs: Path | None) -> Run:
         raise WorkbenchError(f"The report's run is not here: {error}{remedy}") from error
     # What JSON keeps of a recipe: tuples become lists on the way.
     recipe = json.loads(json.dumps(run.recipe.to_json()))
-    if other := sorted(_differing(_flat(manifest["recipe"]), _flat(recipe))):
+    if other := sorted(_differing(flat(manifest["recipe"]), flat(recipe))):
         raise WorkbenchError(f"Run {reference!r} here was made by another recipe; it differs in {', '.join(other)}.")
     return run
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in content.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-        flat |= inner
-    return flat
-
-
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
-    first, second = _flat(first), _flat(second)
+    first, second = flat(first), flat(second)
     names = [*first, *(name for name in second if name not in first)]
     return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
 
@@ -219,24 +210,10 @@ def _named(sections: Sequence[Section]) -> dict[str, tuple[Table, Section]]:
     return tables
 
 
-def _has_picture(table: Table) -> bool:
-    return table.kind != "table" and not table.frame.empty
-
-
 def _drawn(table: Table, section: Section) -> go.Figure:
     drawn = figure(table)
     over_steps = table.kind == "curve" and table.axes["x"] == "step"
     return with_landmarks(drawn, section.landmarks) if over_steps else drawn
-
-
-def _write_figures(folder: Path, figures: Mapping[str, go.Figure], svg: Mapping[str, bytes]) -> None:
-    # One copy for all: each page would otherwise carry its megabytes.
-    write_atomic(folder / "plotly.min.js", get_plotlyjs().encode())
-    for name, drawn in figures.items():
-        page = drawn.to_html(include_plotlyjs="directory", div_id=f"figure-{name}", config=PLOTLY_CONFIG)
-        write_atomic(folder / f"{name}.html", page.encode())
-    for name, content in svg.items():
-        write_atomic(folder / f"{name}.svg", content)
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -7,7 +7,8 @@ keep to:
   both sides. Where values have one sign only, only that half of the scale is there. Panels share one scale, and `limit`
   holds it from checkpoint to checkpoint;
 - an interval is drawn wherever the table has one: a band around a curve, whiskers on a bar;
-- lines differ in colour (Okabe & Ito 2008) and in dash, so that print in black and white still tells them apart;
+- lines differ in colour (Okabe & Ito 2008) and in dash, points in colour and symbol, so that print in black and white
+  still tells them apart;
 - on a logarithmic axis a bar has no honest foot, so it becomes a dot.
 
 The template rides on each figure; plotly's global default stays as it is.
@@ -38,6 +39,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe and Ito's colours without the yellow, which a line on white loses."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 """One fewer than the colours, so that 42 lines pass before a pair of both comes again."""
+SYMBOLS = ("circle", "diamond-open", "x-thin-open", "cross-thin-open", "square-open", "triangle-up-open")
 BELOW_AND_ABOVE = tuple(diverging.RdBu_r)
 MUTED = "#52606d"
 GRID = "#e4e7eb"
@@ -51,6 +53,7 @@ FEW_CELLS = 60
 """Up to so many cells in a panel, each shows its value."""
 FEW_BARS = 12
 FEW_SERIES = 8
+FEW_DECADES = 2
 TITLE_LINE = 92
 TITLE_MARGIN = 70
 BAND_OPACITY = 0.2
@@ -89,7 +92,7 @@ def figure(table: Table, *, limit: int | float | None = None) -> go.Figure:
     if table.kind == "heatmap":
         drawn = _heatmap(table, limit)
     else:
-        drawn = {"curve": _curves, "bar": _bars, "table": _listing}[table.kind](table)
+        drawn = {"curve": _curves, "bar": _bars, "points": _bars, "table": _listing}[table.kind](table)
     return drawn.update_layout(template=TEMPLATE, title_text="<br>".join(map(_label, title_lines(table.caption))))
 
 
@@ -274,7 +277,7 @@ def _bars(table: Table) -> go.Figure:
     lying = not _is_number(labels)
     for column, frame in enumerate(panels.values(), start=1):
         for place, (name, rows) in enumerate(_series(table, frame)):
-            bar = _bar(table, rows, name, COLOURS[place % len(COLOURS)], lying=lying, in_legend=column == 1)
+            bar = _bar(table, rows, name, place, lying=lying, in_legend=column == 1)
             drawn.add_trace(bar, row=1, col=column)
     label_axes, value_axes = (drawn.update_xaxes, drawn.update_yaxes)[:: -1 if lying else 1]
     label_axes(title_text=_words(table.axes["x"]), showgrid=False, **({"col": 1} if lying else {}))
@@ -292,9 +295,9 @@ def _bars(table: Table) -> go.Figure:
 
 
 def _bar(
-    table: Table, rows: pd.DataFrame, name: str, colour: str, *, lying: bool, in_legend: bool
+    table: Table, rows: pd.DataFrame, name: str, place: int, *, lying: bool, in_legend: bool
 ) -> go.Bar | go.Scatter:
-    axes = table.axes
+    axes, colour = table.axes, COLOURS[place % len(COLOURS)]
     label_axis, value_axis = ("y", "x") if lying else ("x", "y")
     values = rows[axes["y"]]
     look: dict[str, Any] = {
@@ -310,6 +313,10 @@ def _bar(
     if _has_interval(table):
         ends = {"array": rows[axes["high"]] - values, "arrayminus": values - rows[axes["low"]]}
         look[f"error_{value_axis}"] = {"type": "data", "symmetric": False, "color": "#323f4b", **ends}
+    if table.kind == "points":
+        marker = {"color": colour, "size": 10, "symbol": SYMBOLS[place % len(SYMBOLS)]}
+        marker["line"] = {"width": 2, "color": colour}
+        return go.Scatter(mode="markers", marker=marker, **look)
     if table.log_y:
         return go.Scatter(mode="markers", marker={"color": colour, "size": 11}, **look)
     return go.Bar(marker_color=colour, **look)
@@ -339,14 +346,20 @@ def _draw_value_axis(table: Table, update: Any, **where: int) -> None:
     update(title_text=_label(unit) if silent else f"{_words(name)} ({_label(unit)})", **where)
     if table.log_y:
         # Plotly writes powers larger than other ticks.
-        update(type="log", exponentformat="power", tickfont={"size": 11}, dtick=_decades_a_tick(table))
+        update(type="log", exponentformat="power", tickfont={"size": 11}, **_log_ticks(table))
 
 
-def _decades_a_tick(table: Table) -> int:
-    """Decades between ticks, so that about eight are labelled."""
+def _log_ticks(table: Table) -> dict[str, Any]:
+    """Powers of ten so far apart that about eight are labelled; over few decades 1, 2 and 5 of each."""
     values = table.frame[table.axes["y"]].to_numpy(dtype=float)
     values = values[np.isfinite(values) & (values > 0)]
-    return max(1, round(math.log10(values.max() / values.min()) / 8)) if values.size else 1
+    if not values.size:
+        return {"dtick": 1}
+    first, last = math.log10(values.min()), math.log10(values.max())
+    if last - first >= FEW_DECADES:
+        return {"dtick": max(1, round((last - first) / 8))}
+    ticks = [digit * 10.0**power for power in range(math.floor(first), math.ceil(last) + 1) for digit in (1, 2, 5)]
+    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _with_legend(drawn: go.Figure, table: Table) -> go.Figure:
@@ -371,6 +384,8 @@ def _listing(table: Table) -> go.Figure:
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else _label(str(value))
 
 

@@ -110,6 +110,18 @@ def t_interval(values: Float[Tensor, " unit *cells"]) -> tuple[Float[Tensor, " *
     return values.mean(0) - half, values.mean(0) + half
 
 
+def student_of(values: Float[Tensor, " unit"]) -> Estimate:
+    """The mean over few units, such as runs, with Student's interval: NaN at its ends with fewer than two.
+
+    Raises:
+        WorkbenchError: there is no unit.
+    """
+    if not len(values):
+        raise WorkbenchError("A mean needs at least one unit; got none.")
+    low, high = t_interval(values)
+    return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
+
+
 def sign_flip_pvalue(
     differences: Float[Tensor, " example *cells"], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Float[Tensor, " *cells"]:

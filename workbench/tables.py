@@ -10,7 +10,7 @@ import pandas as pd
 
 from workbench.runtime import WorkbenchError
 
-Kind = Literal["heatmap", "curve", "bar", "table"]
+Kind = Literal["heatmap", "curve", "bar", "points", "table"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -18,7 +18,8 @@ class Table:
     """Rows with a plan for drawing them.
 
     `axes` maps roles to columns: `x`, `y` and `value` for a heat map; `x`, `y`, and, where present, `series` and the
-    interval's ends `low` and `high` for curves and bars; `facet` for a row of panels. Kind `table` has no axes.
+    interval's ends `low` and `high` for curves, bars and points; `facet` for a row of panels. Of points several may
+    share an `x`. Kind `table` has no axes.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Table:
     """Whether values spread over decades."""
 
     def __post_init__(self) -> None:
-        needed = {"heatmap": {"x", "y", "value"}, "curve": {"x", "y"}, "bar": {"x", "y"}, "table": set()}[self.kind]
+        needed = {"heatmap": {"x", "y", "value"}, "table": set()}.get(self.kind, {"x", "y"})
         if missing := needed - set(self.axes):
             raise WorkbenchError(f"Table {self.name!r} of kind {self.kind!r} lacks the axes {sorted(missing)}.")
         if absent := set(self.axes.values()) - set(self.frame.columns):

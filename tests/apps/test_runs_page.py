@@ -5,7 +5,7 @@ import io
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -77,23 +77,6 @@ def model_files(small: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 # Two runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_settings_that_differ(small: Run, other: Run) -> None:
-    differing = runs.differing_settings(small.recipe, other.recipe)
-    assert differing == {
-        "task.seed": ("0", "5"),
-        "train.learning_rate": ("0.01", "0.5"),
-        "train.init_seed": ("0", "5"),
-        "train.batch_seed": ("0", "5"),
-    }
-    assert runs.differing_settings(small.recipe, small.recipe) == {}
-
-
-def test_a_setting_that_only_one_recipe_has_differs(small: Run) -> None:
-    imported = replace(small.recipe, train=None)
-    assert runs.differing_settings(imported, small.recipe)["train.steps"] == ("–", "400")
-    assert runs.differing_settings(small.recipe, imported)["train.steps"] == ("400", "–")
-
-
 def test_both_losses_are_on_one_axis(small: Run, other: Run) -> None:
     table = runs.both_losses(small, other)
     ends = table.frame.groupby("run")["step"].max()
@@ -127,6 +110,23 @@ def test_kept_results_are_listed(small: Run, tmp_path: Path) -> None:
     [row] = runs.kept_results(run)
     assert row["key"] == "abc"
     assert "lens" in row["tables"]
+
+
+def test_runs_are_told_apart_by_setting(playground: Path, app_on: Callable) -> None:
+    app = app_on("runs", playground, run="small")
+    app.multiselect(key="sweep").set_value(["small", "other"]).run()
+    assert not app.exception
+    [table] = [each.value for each in app.dataframe if "generalised at" in each.value and "seeds" in each.value]
+    assert table["setting"].tolist() == ["learning_rate=0.01", "learning_rate=0.5"]
+    assert table["ended"].tolist() == ["1", "0"]
+    app.multiselect(key="sweep").set_value([]).run()
+    assert not any("seeds" in each.value for each in app.dataframe)
+
+
+def test_an_imported_run_has_no_landmarks(pairs_folder: Path, app_on: Callable) -> None:
+    app = app_on("runs", pairs_folder, run="own")
+    app.multiselect(key="sweep").set_value(["own"]).run()
+    assert [error.value for error in app.error] == ["Run 'own' was imported: without a training it has no landmarks."]
 
 
 # Import -----------------------------------------------------------------------------------------------------------

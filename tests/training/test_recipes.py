@@ -13,7 +13,7 @@ from workbench.tasks import complex_comparison
 from workbench.tasks.pairs import Pairs
 from workbench.training.checkpoints import load
 from workbench.training.loop import train
-from workbench.training.recipe import Recipe, TrainConfig
+from workbench.training.recipe import Recipe, TrainConfig, differing_settings, flat
 from workbench.training.recipes import RECIPES, find_recipe
 
 OWN = """
@@ -332,3 +332,36 @@ def test_an_unknown_task_is_named():
 def test_foreign_json_is_no_recipe(content):
     with pytest.raises(WorkbenchError, match="not a recipe that this version reads"):
         Recipe.from_json(content)
+
+
+def test_settings_that_differ():
+    recipe = find_recipe("modular")
+    assert differing_settings(recipe, recipe) == {}
+    assert differing_settings(recipe, recipe.with_seed(5).override(["learning_rate=0.5", "betas=[0.5,0.9]"])) == {
+        "task.seed": (0, 5),
+        "train.learning_rate": (0.001, 0.5),
+        "train.betas": ([0.9, 0.98], [0.5, 0.9]),
+        "train.init_seed": (0, 5),
+        "train.batch_seed": (0, 5),
+    }
+
+
+def test_a_setting_that_only_one_recipe_has_differs():
+    imported = replace(find_recipe("modular"), train=None)
+    assert differing_settings(imported, find_recipe("modular"))["train.steps"] == (None, 25_000)
+    assert differing_settings(find_recipe("modular"), imported)["train.steps"] == (25_000, None)
+
+
+def test_nested_settings_are_flat():
+    assert flat({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+
+
+def test_a_key_in_full():
+    recipe = find_recipe("modular")
+    assert [recipe.full_key(key) for key in ("steps", "task.p", "model.d_model")] == [
+        "train.steps",
+        "task.p",
+        "model.d_model",
+    ]
+    with pytest.raises(WorkbenchError, match="Unknown setting 'stepz'"):
+        recipe.full_key("stepz")

@@ -241,11 +241,51 @@ def test_bars_of_several_series_stand_side_by_side() -> None:
     assert drawn.layout.height > figure(bars(["mlp", "attn"])).layout.height
 
 
-@pytest.mark.parametrize("kind", ["curve", "bar", "heatmap"])
+def test_points_share_a_place_and_differ_in_symbol() -> None:
+    rows = [{"run": run, "step": step, "mark": mark} for run, step, mark in POINTS]
+    drawn = figure(table(rows, "points", x="run", y="step", series="mark"))
+    learnt, never = drawn.data
+    assert (learnt.type, learnt.mode, learnt.orientation) == ("scatter", "markers", "h")
+    assert (list(learnt.x), list(learnt.y)) == ([10, 20, 40], ["slow", "slow", "fast"])
+    assert learnt.marker.symbol != never.marker.symbol
+    assert [learnt.marker.color, never.marker.color] == list(COLOURS[:2])
+    assert drawn.layout.yaxis.autorange == "reversed"
+
+
+POINTS = [("slow", 10, "learnt"), ("slow", 20, "learnt"), ("fast", 40, "learnt"), ("fast", 80, "never")]
+
+
+@pytest.mark.parametrize(
+    ("values", "labelled"),
+    [
+        ([30.0, 400.0], ["10", "20", "50", "100", "200", "500", "1000", "2000", "5000"]),
+        ([0.02, 0.03], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5"]),
+        ([0.0, float("nan"), 7.0], ["1", "2", "5", "10", "20", "50"]),
+    ],
+)
+def test_a_short_logarithmic_axis_is_labelled_between_the_powers_of_ten(
+    values: list[float], labelled: list[str]
+) -> None:
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate(values)]
+    drawn = figure(table(rows, "curve", x="step", y="loss", log_y=True))
+    assert list(drawn.layout.yaxis.ticktext) == labelled
+    assert [float(text) for text in labelled] == pytest.approx(list(drawn.layout.yaxis.tickvals))
+
+
+@pytest.mark.parametrize(("decades", "apart"), [(2, 1), (8, 1), (16, 2)])
+def test_a_long_logarithmic_axis_is_labelled_at_powers_of_ten(decades: int, apart: int) -> None:
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate([1.0, 10.0**-decades])]
+    axis = figure(table(rows, "curve", x="step", y="loss", log_y=True)).layout.yaxis
+    assert (axis.dtick, axis.tickvals) == (apart, None)
+
+
+@pytest.mark.parametrize("kind", ["curve", "bar", "points", "heatmap"])
 def test_a_table_without_rows_gives_an_empty_picture(kind: Kind) -> None:
     frame = pd.DataFrame({"x": pd.Series(dtype=object), "y": pd.Series(dtype=float), "z": pd.Series(dtype=float)})
     axes = {"x": "x", "y": "y", **({"value": "z"} if kind == "heatmap" else {})}
-    drawn = figure(Table(name="mine", frame=frame, kind=kind, axes=axes, unit="", caption="", log_y=kind == "bar"))
+    drawn = figure(
+        Table(name="mine", frame=frame, kind=kind, axes=axes, unit="", caption="", log_y=kind in ("bar", "points"))
+    )
     assert sum(np.size(trace.x) for trace in drawn.data) == 0
 
 
@@ -253,6 +293,9 @@ def test_a_plain_table_is_drawn_as_one() -> None:
     drawn = figure(table([{"my_measure": "loss", "value": 0.123456}], "table"))
     assert list(drawn.data[0].header["values"]) == ["my measure", "value"]
     assert [list(column) for column in drawn.data[0].cells["values"]] == [["loss"], ["0.1235"]]
+    missing = pd.DataFrame({"step": [12, None]}, dtype=object)
+    drawn = figure(Table(name="mine", frame=missing, kind="table", axes={}, unit="", caption=""))
+    assert [list(column) for column in drawn.data[0].cells["values"]] == [["12", ""]]
 
 
 def test_names_are_never_markup() -> None:

@@ -17,6 +17,7 @@ from workbench.intervals import (
     ratio_bootstrap,
     share_of,
     sign_flip_pvalue,
+    student_of,
     t_interval,
 )
 from workbench.runtime import WorkbenchError
@@ -210,6 +211,16 @@ def test_one_unit_has_no_t_interval() -> None:
     low, high = t_interval(torch.ones(1, 2))
     assert bool(low.isnan().all())
     assert bool(high.isnan().all())
+
+
+def test_a_mean_over_few_units_by_hand() -> None:
+    found = student_of(torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64))
+    assert [found.mean, found.low] == pytest.approx([3, 3 - 4.302653 * (7 / 3) ** 0.5])
+    assert found.high - found.mean == pytest.approx(found.mean - found.low)
+    alone = student_of(torch.tensor([0.5]))
+    assert (alone.mean, math.isnan(alone.low), math.isnan(alone.high)) == (0.5, True, True)
+    with pytest.raises(WorkbenchError, match="at least one unit; got none"):
+        student_of(torch.zeros(0))
 
 
 def test_score_interval_is_scipys() -> None:

@@ -18,6 +18,7 @@ def table(frame: pd.DataFrame, *, kind: Kind = "table", caption: str = "", **axe
     [
         ("heatmap", {"x": "a", "y": "b"}, r"Table 'mine' of kind 'heatmap' lacks the axes \['value'\]"),
         ("curve", {"x": "a"}, r"'curve' lacks the axes \['y'\]"),
+        ("points", {"y": "b"}, r"'points' lacks the axes \['x'\]"),
         ("bar", {}, r"'bar' lacks the axes \['x', 'y'\]"),
         ("curve", {"x": "a", "y": "b", "low": "l"}, r"names columns \['l'\] that its frame does not have"),
         ("table", {"x": "zzz"}, r"names columns \['zzz'\]"),

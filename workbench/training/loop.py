@@ -126,14 +126,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator) -> None:
         """Build model, optimiser and data; nothing is written."""
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
-        if recipe.train is None:
-            raise WorkbenchError(f"Run {folder.reference!r} was imported: it has no training to do or go on with.")
-        if not {"train", "test"} <= set(recipe.task.measured):
-            raise WorkbenchError(
-                f"Task {recipe.task.name!r} measures {', '.join(recipe.task.measured)}: a task that is trained needs "
-                "the splits train and test among them."
-            )
-        self.config, self.position = recipe.train, Position()
+        self.config, self.position = recipe.trainable(), Position()
         config = self.config
         self.model = Transformer(recipe.model, generator=generator(config.init_seed, "init"))
         dtype = {"float32": torch.float32, "float64": torch.float64}[config.loss_dtype]

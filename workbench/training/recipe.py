@@ -174,6 +174,35 @@ class Recipe:
         train = None if self.train is None else replace(self.train, **changes["train"])
         return replace(self, task=task, model=model, train=train)
 
+    def trainable(self) -> TrainConfig:
+        """How it is trained.
+
+        Raises:
+            WorkbenchError: its model came trained, or its task lacks a split that training measures.
+        """
+        if self.train is None:
+            raise WorkbenchError(f"Recipe {self.name!r} was imported: it has no training to do or go on with.")
+        if not {"train", "test"} <= set(self.task.measured):
+            raise WorkbenchError(
+                f"Task {self.task.name!r} measures {', '.join(self.task.measured)}: a task that is trained needs "
+                "the splits train and test among them."
+            )
+        return self.train
+
+    def full_key(self, key: str) -> str:
+        """A setting's key with its part: `train.steps` for `steps`.
+
+        Raises:
+            WorkbenchError: it is unknown or ambiguous.
+        """
+        part, field = self._find_field(key)
+        return f"{part}.{field.name}"
+
+    def settings(self) -> dict[str, Any]:
+        """What task, model and training are made from, as JSON keeps it, under dotted keys."""
+        content = json.loads(json.dumps(self.to_json()))
+        return flat({part: content[part] or {} for part in ("task", "model", "train")})
+
     def to_json(self) -> dict[str, Any]:
         """Everything that rebuilds the recipe."""
         task = self.task.to_json()
@@ -221,6 +250,21 @@ class Recipe:
         if len(matches) > 1:
             raise WorkbenchError(f"Setting {key!r} is ambiguous: say {' or '.join(matches)}.")
         return known[matches[0]]
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, under dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def differing_settings(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Settings that are not the same in two recipes, with both values; None where one has no such setting."""
+    one, two = recipe.settings(), other.settings()
+    keys = [*one, *(key for key in two if key not in one)]
+    return {key: (one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)}
 
 
 def import_file(path: Path) -> Any:

@@ -1,14 +1,14 @@
-"""Page Runs: all runs, one in full, two beside each other, and the way in for a model of one's own."""
+"""Page Runs: all runs, one in full, two beside each other, many by setting, and the way in for one's own model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 import streamlit as st
 
 from apps.commands import list_runs
+from apps.sweeping import setting_rows
 from apps.ui import state
 from apps.ui.links import link_to
 from apps.ui.views.importing import NEXT_RUN, importing
@@ -17,7 +17,8 @@ from workbench.runtime import WorkbenchError
 from workbench.store import read_json
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
-from workbench.training.recipe import Recipe
+from workbench.training.landmarks import sweep_result
+from workbench.training.recipe import differing_settings, flat
 
 NOBODY = "nobody"
 STATUS_COLOURS = {"training": "blue", "not finished": "orange"}
@@ -54,6 +55,7 @@ def page() -> None:
         _all_runs(run)
         _one_run(run)
         _two_runs(run)
+        _many_runs()
 
 
 def _all_runs(run: Run) -> None:
@@ -180,8 +182,42 @@ def _two_runs(run: Run) -> None:
         st.markdown("**Differing settings:** none, the two runs were made from the same recipe.")
         return
     st.markdown("**Differing settings**")
-    rows = [{"setting": key, run.reference: one, other.reference: two} for key, (one, two) in differing.items()]
+    rows = [
+        {"setting": key, run.reference: text_of(one), other.reference: text_of(two)}
+        for key, (one, two) in differing.items()
+    ]
     st.dataframe(pd.DataFrame(rows), hide_index=True, height="content")
+
+
+def _many_runs() -> None:
+    st.header("Landmarks by setting", divider="gray")
+    chosen = st.multiselect(
+        "Runs of a sweep",
+        state.references(),
+        key="sweep",
+        bind="query-params",
+        placeholder="Type to filter, then choose",
+        help="What tells their recipes apart is their setting; runs that differ by their seed alone share one.",
+    )
+    if not chosen:
+        return
+    try:
+        found = sweep_result([state.open_run(reference) for reference in chosen])
+    except WorkbenchError as error:
+        st.error(str(error))
+        return
+    settings, runs, landmarks = found.tables()
+    st.dataframe(pd.DataFrame(setting_rows(found)), hide_index=True, height="content")
+    st.caption(settings.caption)
+    st.plotly_chart(figure(landmarks), key="landmarks", config=PLOTLY)
+    state.download(landmarks, key="landmarks")
+    st.dataframe(runs.frame, hide_index=True, height="content")
+    names = ", ".join(f"workbench.load({reference!r})" for reference in chosen)
+    state.copy_as_python(
+        "import workbench\nfrom workbench.figures import figure\n"
+        "from workbench.training.landmarks import sweep_result\n\n"
+        f"found = sweep_result([{names}])\nfigure(found.tables()[-1]).show()\nfound.settings"
+    )
 
 
 def both_losses(run: Run, other: Run) -> Table:
@@ -216,17 +252,6 @@ def side_by_side(run: Run, other: Run) -> pd.DataFrame:
     return pd.DataFrame({"what": names, **columns})
 
 
-def differing_settings(recipe: Recipe, other: Recipe) -> dict[str, tuple[str, str]]:
-    """Settings that are not the same in two recipes, with both values."""
-    one, two = flat(recipe.to_json()), flat(other.to_json())
-    keys = [*one, *(key for key in two if key not in one)]
-    return {
-        key: (text_of(one.get(key)), text_of(two.get(key)))
-        for key in keys
-        if key.partition(".")[0] in ("task", "model", "train") and one.get(key) != two.get(key)
-    }
-
-
 def kept_results(run: Run) -> list[dict[str, Any]]:
     """What analyses found on a run and kept, a row each, newest first."""
     cards = sorted(run.folder.results.glob("*/result.json"), key=lambda card: card.stat().st_mtime, reverse=True)
@@ -243,17 +268,6 @@ def kept_results(run: Run) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, under dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def step_text(step: int | None) -> str:
