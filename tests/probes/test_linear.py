@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from probes.linear import ProbeTask, linear_probe, probe_task, read_cells
+from probes.linear import ProbeTask, linear_probe, probe_task
+from workbench.instrument.states import read_cells
 from workbench.intervals import share_of
 from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Batch, Latent
@@ -110,7 +111,7 @@ def test_one_control_label_for_all_is_known_by_heart(shown, batch):
 def test_heads_and_neurons_of_a_transformer(transformer):
     task = Modular(p=7)
     model, batch = transformer(task), task.examples("all")
-    cells = read_cells(model, batch, sites="L0.z,L0.post.n3,resid_post", positions=[2])
+    cells = read_cells(model, batch.tokens, sites="L0.z,L0.post.n3,resid_post", positions=[2])
     widths = {str(site): states.shape[1] for (site, _), states in cells.items()}
     assert widths == {"L0.z.h0": 8, "L0.z.h1": 8, "L0.post.n3": 1, "L0.resid_post": 16}
 
@@ -148,7 +149,7 @@ def test_errors(shown, batch, transformer):
         linear_probe(model, constant, "kind", sites="embed")
     task = Modular(p=7)
     with pytest.raises(WorkbenchError, match=r"L0.pattern.h1 has source and destination"):
-        read_cells(transformer(task), task.examples("all"), sites="L0.pattern", positions=None)
+        read_cells(transformer(task), task.examples("all").tokens, sites="L0.pattern", positions=None)
     rows = torch.arange(3)
     with pytest.raises(WorkbenchError, match="cannot be in the training part and in the test part"):
         ProbeTask(
