@@ -61,16 +61,17 @@ class Looked:
     def columns(self, suffix: str = "") -> list[dict[str, Any]]:
         """The measures of each place, under names that end so."""
         held_out = [place for place in self.forgotten.places if place.prompts == HELD_OUT]
-        return [
+        rows = [
             {
-                **columns_of(f"accuracy{suffix}", probe.accuracy),
-                f"control{suffix}": probe.control.mean,
-                f"selectivity{suffix}": probe.selectivity,
-                f"compression{suffix}": self.lengths.uniform / code.codelength,
-                **columns_of(f"amnesic{suffix}", lost.accuracy_lost),
+                **columns_of("accuracy", probe.accuracy),
+                "control": probe.control.mean,
+                "selectivity": probe.selectivity,
+                "compression": self.lengths.uniform / code.codelength,
+                **columns_of("amnesic", lost.accuracy_lost),
             }
             for probe, code, lost in zip(self.probes.probes, self.lengths.codes, held_out, strict=True)
         ]
+        return [{f"{name}{suffix}": value for name, value in row.items()} for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -233,6 +234,16 @@ def draw_prompts(task: Task, n: int, split: str) -> Batch:
     pool = task.examples(split)
     order = torch.randperm(len(pool), generator=generator(SEED, "probed prompts", split))
     return task.contrast(pool.select(order[:n]), seed=SEED)
+
+
+def hidden_latents(batch: Batch) -> tuple[str, ...]:
+    """Latents that no token of the prompt names: the answer only where there is no other."""
+    hidden = [
+        name
+        for name, latent in batch.latents.items()
+        if (batch.tokens[:, latent.position] != latent.value).any() and name != "answer"
+    ]
+    return tuple(hidden or [name for name in batch.latents if name == "answer"])
 
 
 # The same for every checkpoint of a run that is opened once; as many as a task has latents.

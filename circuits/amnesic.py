@@ -39,7 +39,7 @@ from workbench.tasks.groups import GroupSplit, split_by_group
 
 HELD_OUT = "held out"
 """The prompts of the groups that nothing was fitted on, in the column `prompts`."""
-DRAWS = 8
+DRAWS = 5
 SMALLEST = 1e-6
 """Standard deviation, relative to the size of the states, below which a direction is rounding; and likewise for what a
 direction tells of the latent, relative to the strongest."""
