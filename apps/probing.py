@@ -190,9 +190,8 @@ def probes_of(
     found: dict[str, dict[str, Looked]] = {}
     left_out: dict[str, str] = {}
     for done, name in enumerate(wanted):
-        usable = batch.select(in_several_groups(batch, name))
         try:
-            trained = _look(model, usable, others, name, places)
+            trained = _look(model, _usable(batch, name), others, name, places)
             on_progress((done + 0.5) / len(wanted))
             found[name] = {TRAINED: trained, UNTRAINED: _look_before(run, name, places, n, split)}
         except WorkbenchError as error:
@@ -251,8 +250,13 @@ def hidden_latents(batch: Batch) -> tuple[str, ...]:
 def _look_before(run: Run, latent: str, places: Places, n: int, split: str) -> Looked:
     """The untrained model's places, with the same prompts."""
     batch = draw_prompts(run.task, n, split)
-    usable = batch.select(in_several_groups(batch, latent))
-    return _look(untrained_model(run), usable, _ood_prompts(run.task, n, split), latent, places)
+    return _look(untrained_model(run), _usable(batch, latent), _ood_prompts(run.task, n, split), latent, places)
+
+
+def _usable(batch: Batch, latent: str) -> Batch:
+    """The prompts whose value stands in several groups; all, where none does, of which the split then tells."""
+    kept = in_several_groups(batch, latent)
+    return batch.select(kept) if kept.any() else batch
 
 
 def _look(model: Transformer, batch: Batch, others: Mapping[str, Batch], latent: str, places: Places) -> Looked:
@@ -293,5 +297,5 @@ def _sizes(looked: Looked, drawn: int) -> dict[str, Any]:
 
 
 def _ood_prompts(task: Task, n: int, split: str) -> dict[str, Batch]:
-    """Prompts over OOD facts, where the task has any and is not asked for them anyway."""
-    return {OOD: draw_prompts(task, n, OOD)} if OOD in task.splits and split != OOD else {}
+    """Prompts over OOD facts, as many as are held out or so, where the task has any and is not asked for them anyway."""
+    return {OOD: draw_prompts(task, max(1, n // 4), OOD)} if OOD in task.splits and split != OOD else {}

@@ -153,9 +153,10 @@ class Projection:
     directions: int
 
     def __call__(self, states: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch feature"]:
-        """The states without it, in float64."""
-        states = states.double()
-        return states - (states - self.mean) @ self.removed
+        """The states without it."""
+        exact = states.double()
+        # As precise as what came: a finer difference is rounding, which a line would find.
+        return (exact - (exact - self.mean) @ self.removed).to(states.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -338,7 +339,7 @@ class _Judge:
         """What the model does when the place holds these states."""
         site, position = cell
         # One position, and of heads one: only the last dimension is left.
-        whole = states.float().reshape(len(states), *[1] * (len(site.kind.dims) - 2), -1)
+        whole = states.reshape(len(states), *[1] * (len(site.kind.dims) - 2), -1)
         patch = Patch(site=site, source=Value(whole), positions=[position])
         return _outcome(self.batch, self.measure, run(self.model, self.batch.tokens, patches=[patch]).logits)
 

@@ -116,7 +116,7 @@ def test_heads_and_neurons_of_a_transformer(transformer):
     assert widths == {"L0.z.h0": 8, "L0.z.h1": 8, "L0.post.n3": 1, "L0.resid_post": 16}
 
 
-def test_the_bridge_of_a_chain_by_its_first_relation(transformer):
+def test_the_bridge_of_a_chain_by_its_head_or_its_first_relation(transformer):
     task = Composition(entities=12, relations=6, out_degree=4, test_fraction=0.2, phi=2.5)
     batch = task.examples("train_inferred")
     model = transformer(Modular(p=19), d_vocab_out=20)
@@ -124,13 +124,15 @@ def test_the_bridge_of_a_chain_by_its_first_relation(transformer):
     batch = batch.select(torch.isin(batch.latents["bridge"].value, common))
     found = linear_probe(model, batch, "bridge", sites="L0.resid_post", positions=[1])
     assert found.n_classes == 2
-    assert found.n_groups == len(batch.tokens[:, 1].unique())
+    assert found.n_groups == len(batch.tokens[:, 0].unique())
+    by_relation = linear_probe(model, batch, "bridge", sites="L0.resid_post", positions=[1], groups=batch.tokens[:, 1])
+    assert by_relation.n_groups == len(batch.tokens[:, 1].unique())
 
 
 def test_a_class_of_one_group_is_an_error(batch):
     task = Modular(p=7)
     with pytest.raises(WorkbenchError, match=r"'a' cannot be split by group: 7 of its 7 values \(0, 1, 2, 3, 4, …\)"):
-        probe_task(task.examples("all"), "a", groups=None, seed=0)
+        probe_task(task.examples("all"), "a", groups=task.examples("all").tokens[:, 0], seed=0)
     # Two groups each: of 120 such pairs, some are always in the test part together.
     value = torch.arange(N) // 4
     crowded = replace(batch, latents={"kind": Latent(value=value, position=0)})
