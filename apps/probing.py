@@ -297,5 +297,5 @@ def _sizes(looked: Looked, drawn: int) -> dict[str, Any]:
 
 
 def _ood_prompts(task: Task, n: int, split: str) -> dict[str, Batch]:
-    """Prompts over OOD facts, as many as are held out or so, where the task has any and is not asked for them anyway."""
+    """Prompts over OOD facts where the task has any and is not asked for them anyway: about as many as are held out."""
     return {OOD: draw_prompts(task, max(1, n // 4), OOD)} if OOD in task.splits and split != OOD else {}
