@@ -316,9 +316,8 @@ def _analyse(
     run = load(options.run, runs=options.runs)
 
     def telling(done: int, total: int) -> Callable[..., Result]:
-        if on_progress is None:
-            return compute
-        return partial(compute, on_progress=lambda share: on_progress((done + share) / total))
+        tell = on_progress
+        return compute if tell is None else partial(compute, on_progress=lambda share: tell((done + share) / total))
 
     if options.checkpoint == "all":
         total = len(run.checkpoints)

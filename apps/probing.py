@@ -113,7 +113,7 @@ def probing_tables(summary: Mapping[str, Any]) -> list[Table]:
     """The tables of a summary, which may have been kept."""
     cells = pd.DataFrame(summary["cells"])
     maps = [
-        _heatmap(cells[cells["latent"] == row["latent"]], row, measure, summary["split"])
+        _heatmap(cells.loc[cells["latent"] == row["latent"]], row, measure, summary["split"])
         for row in summary["latents"]
         for measure in MEASURES
     ]
