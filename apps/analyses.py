@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, Literal
 
+import torch
+
 from apps.reasoner_rows import Reasoner
 from apps.reasoning import ReasoningMeasures, measured_steps, reasoning_through
 from circuits.patching import PatchMap, patch_each
@@ -18,8 +20,9 @@ from probes.attribution import Attribution, direct_logit_attribution
 from probes.fourier import FourierResult, fourier
 from probes.logit_lens import Trajectory, logit_lens
 from probes.progress import ProgressMeasures, progress
+from probes.tuned_lens import TunedLens, tuned_lens
 from workbench.models.transformer import Transformer
-from workbench.runtime import WorkbenchError
+from workbench.runtime import WorkbenchError, generator
 from workbench.store import Result, RunFolder, load_summary, result_key, save_result, write_atomic
 from workbench.tasks.base import Batch
 from workbench.tasks.modular import Modular
@@ -27,6 +30,8 @@ from workbench.training.checkpoints import MEASURES, Run
 
 PATCH_SITES = "resid_pre,attn_out,mlp_out,z"
 PAIRS = 64
+TUNED_PROMPTS = 1000
+LENS_SITES = "L0.resid_pre,resid_post"
 SEED = 0
 
 
@@ -70,6 +75,13 @@ def patch_of(
 def lens_of(run: Run, step: int | None = None, *, n: int = PAIRS, split: str = "test") -> Trajectory:
     """Logit lens over prompts of a split."""
     return logit_lens(run.model(step), pairs_of(run, n, split), position_labels=run.task.position_labels)
+
+
+def tuned_lens_of(run: Run, step: int | None = None, *, n: int = TUNED_PROMPTS, split: str = "test") -> TunedLens:
+    """Tuned lens beside the logit lens, fitted at this checkpoint; on fewer prompts where the split has no more."""
+    examples = run.task.examples(split)
+    order = torch.randperm(len(examples), generator=generator(SEED, "tuned lens prompts", split))
+    return tuned_lens(run.model(step), examples.select(order[:n]), sites=LENS_SITES, seed=SEED)
 
 
 def attribution_of(run: Run, step: int | None = None, *, n: int = PAIRS, split: str = "test") -> Attribution:

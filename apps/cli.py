@@ -89,9 +89,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("runs", "list runs and the gallery")
     add("show", "one run: recipe, landmarks, checkpoints, results").add_argument("run")
 
-    lens = add("lens", "logit lens")
+    lens = add("lens", "logit lens, or the tuned lens beside it")
     _add_run(lens)
-    _add_pairs(lens)
+    lens.add_argument("--kind", choices=("logit", "tuned"), default="logit", help="tuned: fitted, and both compared")
+    lens.add_argument("--n", type=int, help="pairs to average over (default: 64; tuned: 1000, or all there are)")
+    lens.add_argument("--split", default="test")
+
+    probe = add("probe", "what each place tells of the task's latents, and what answers lose without")
+    _add_run(probe)
+    probe.add_argument("--latent", help="its name (default: all that the task has)")
+    probe.add_argument("--sites", default="resid_post", help="kinds or sites, comma-separated")
+    probe.add_argument("--positions", help="comma-separated, from 0 (default: all)")
+    probe.add_argument("--n", type=int, default=1000, help="prompts, or all that the split has")
+    probe.add_argument("--split", default="test")
 
     fourier = add("fourier", "Fourier analysis and progress measures")
     _add_run(fourier)

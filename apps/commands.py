@@ -106,10 +106,24 @@ def show(options: argparse.Namespace) -> Printout:
 
 
 def lens(options: argparse.Namespace) -> Printout:
-    """The logit lens at one checkpoint or all."""
-    from apps.analyses import lens_of
+    """The logit lens at one checkpoint or all, or the tuned lens beside it."""
+    from apps.analyses import PAIRS, TUNED_PROMPTS, lens_of, tuned_lens_of
 
-    return _analyse(options, "lens", lens_of, {"n": options.n, "split": options.split})
+    name, compute, n = ("lens", lens_of, PAIRS)
+    if options.kind == "tuned":
+        name, compute, n = ("tuned_lens", tuned_lens_of, TUNED_PROMPTS)
+    arguments = {"n": n if options.n is None else options.n, "split": options.split}
+    return _analyse(options, name, compute, arguments)
+
+
+def probe(options: argparse.Namespace) -> Printout:
+    """Probes of the task's latents at one checkpoint or all."""
+    from apps.probing import probes_of
+
+    arguments = {name: getattr(options, name) for name in ("latent", "sites", "n", "split")}
+    with share_bar(f"probe {options.run}") as on_progress:
+        positions = _positions(options.positions)
+        return _analyse(options, "probe", probes_of, {**arguments, "positions": positions}, on_progress)
 
 
 def fourier(options: argparse.Namespace) -> Printout:
@@ -296,19 +310,32 @@ def doctor(options: argparse.Namespace) -> Printout:
 
 
 def _analyse(
-    options: argparse.Namespace, name: str, compute: Callable[..., Result], arguments: Mapping[str, Any]
+    options: argparse.Namespace,
+    name: str,
+    compute: Callable[..., Result],
+    arguments: Mapping[str, Any],
+    on_progress: Callable[[float], None] | None = None,
 ) -> Printout:
+    """An analysis at one checkpoint or all; one that tells its progress is told here whom."""
     from apps.analyses import kept
     from workbench.training.checkpoints import load
 
     run = load(options.run, runs=options.runs)
+
+    def telling(done: int, total: int) -> Callable[..., Result]:
+        tell = on_progress
+        return compute if tell is None else partial(compute, on_progress=lambda share: tell((done + share) / total))
+
     if options.checkpoint == "all":
+        total = len(run.checkpoints)
         with stopwatch() as clock:
-            found = [kept(run, name, compute, each.step, arguments) for each in run.checkpoints]
+            found = [
+                kept(run, name, telling(done, total), each.step, arguments) for done, each in enumerate(run.checkpoints)
+            ]
         content = {"run": run.reference, "checkpoints": found, **clock}
         return Printout(content=content, text="\n\n".join(as_lines(scalars(each)) for each in found))
     with stopwatch() as clock:
-        found_one = kept(run, name, compute, _step(options.checkpoint), arguments)
+        found_one = kept(run, name, telling(0, 1), _step(options.checkpoint), arguments)
     rows = next((found_one[name] for name in ROWS if found_one.get(name)), None)
     text = as_lines(scalars(found_one)) + ("\n\n" + as_columns(rows, tuple(rows[0])) if rows else "")
     return Printout(content={**found_one, **clock}, text=text)
@@ -327,6 +354,15 @@ def _export_circuit(options: argparse.Namespace, arguments: Mapping[str, Any]) -
 
 def _listed(names: str | None) -> list[str] | None:
     return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _positions(names: str | None) -> tuple[int, ...] | None:
+    if names is None:
+        return None
+    listed = _listed(names) or []
+    if not listed or not all(name.isdecimal() for name in listed):
+        raise WorkbenchError(f"--positions takes numbers from 0, comma-separated, got {names!r}.")
+    return tuple(map(int, listed))
 
 
 def _step(checkpoint: str | None) -> int | None:

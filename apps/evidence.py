@@ -27,6 +27,7 @@ from apps.analyses import (
 )
 from apps.circuits_of_runs import circuit_of, clusters_of, history_of
 from apps.claims import Claim, at_least, at_most
+from apps.probe_sections import ProbeEvidence, gather_probes
 from apps.reasoner_evidence import ReasonerEvidence, gather_reasoner, reasoner_claims
 from apps.reasoner_rows import Reasoner
 from circuits.clusters import ClusterShares
@@ -78,6 +79,8 @@ class Evidence:
     """The circuit of that size at every checkpoint."""
     reasoner: ReasonerEvidence | None
     """What a run on composition or comparison has formed; None of another run."""
+    probing: ProbeEvidence | None
+    """Probes of the latents, and the tuned lens."""
     left_out: Mapping[str, str]
     """Why an analysis is not there, by its name."""
 
@@ -117,6 +120,7 @@ def gather(run: Run) -> Evidence:
         if circuit is None
         else attempt("circuit through training", lambda: _history(run, circuit, n, split)),
         reasoner=attempt("measures of reasoning", lambda: gather_reasoner(run)) if is_reasoner else None,
+        probing=attempt("probes of the latents", lambda: gather_probes(run, split=split)),
         left_out=left_out,
     )
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from apps.claims import Claim, claims_tables
 from apps.evidence import Evidence, claims
+from apps.probe_sections import probe_sections
 from apps.reasoner_sections import WANG, reasoner_sections
 from apps.sections import Section
 from apps.shipped_card import shipped_card
@@ -38,6 +39,7 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
         _controls(evidence),
         _patching(evidence),
         _lens(evidence),
+        *(() if evidence.probing is None else probe_sections(evidence.probing)),
         _attribution(evidence),
         _circuit(evidence),
         _finders(evidence),

@@ -1,5 +1,7 @@
 """Intervenes: changes an activation or a weight to learn a cause."""
 
+from circuits.amnesic import AmnesicMap as AmnesicMap
+from circuits.amnesic import amnesic as amnesic
 from circuits.circuit import Circuit as Circuit
 from circuits.discovery import extract as extract
 from circuits.faithfulness import Evaluation as Evaluation

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.linear import fit_probe, probe_task, read_cells
+from probes.linear import probe_task
 from workbench.instrument.sites import Instrumented, Site
+from workbench.instrument.states import fit_line, read_cells
 from workbench.runtime import WorkbenchError, generator
 from workbench.store import Provenance
 from workbench.tables import Table
@@ -142,7 +143,7 @@ def description_length(
     order = task.train[torch.randperm(len(task.train), generator=generator(seed, "online code", latent))]
     labels, control = task.labels[order], task.control[order]
     codes = []
-    for (site, position), states in read_cells(model, batch, sites=sites, positions=positions).items():
+    for (site, position), states in read_cells(model, batch.tokens, sites=sites, positions=positions).items():
         blocks = code_blocks(states[order], labels, task.n_classes)
         codes.append(
             Coded(
@@ -189,6 +190,6 @@ def _predict(
     if len(seen) == 1:
         share[:, seen] = 1.0
     else:
-        share[:, seen] = torch.from_numpy(fit_probe(features, labels).predict_proba(coming.double().numpy()))
+        share[:, seen] = torch.from_numpy(fit_line(features, labels).predict_proba(coming.double().numpy()))
     n = len(labels)
     return (n * share + 1 / n_classes) / (n + 1)

@@ -11,40 +11,22 @@ fitted and scored on a split by prompt, of the same sizes. On groups never seen 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupShuffleSplit
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from workbench.instrument.passes import run
-from workbench.instrument.sites import Instrumented, Site, select_sites
+from workbench.instrument.sites import Instrumented, Site
+from workbench.instrument.states import Cell, fit_line, read_cells, told_by_line
 from workbench.intervals import Estimate, columns_of, share_of
-from workbench.runtime import WorkbenchError, derive_seed, generator
+from workbench.runtime import WorkbenchError, generator
 from workbench.store import Provenance
 from workbench.tables import Table
-from workbench.tasks.base import Batch, check_choice
-
-TEST_GROUPS = 0.25
-"""Share of the groups that the probe is scored on."""
-TRIES = 100
-"""Splits that are drawn until one leaves every class in training."""
-MAX_ITERATIONS = 1000
-SHOWN = 5
-"""Values of a latent that an error lists."""
-
-Cell = tuple[Site, int]
-"""A site and a position."""
+from workbench.tasks.base import Batch
+from workbench.tasks.groups import split_by_group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -178,7 +160,8 @@ def linear_probe(
         latent: its name.
         sites: where to read.
         positions: at which positions; None is all.
-        groups: which prompts belong together and must not be split; None takes the token at the latent's own position.
+        groups: which prompts belong together and must not be split; None takes those that the task names for the
+            latent, or the token at the latent's own position.
         untrained: a model of the same sites whose weights are random.
         seed: of the splits and the control task.
 
@@ -186,8 +169,8 @@ def linear_probe(
         WorkbenchError: no such latent, a place without this position, or no split by group has all classes in training.
     """
     task = probe_task(batch, latent, groups=groups, seed=seed)
-    activations = read_cells(model, batch, sites=sites, positions=positions)
-    control = {} if untrained is None else read_cells(untrained, batch, sites=sites, positions=positions)
+    activations = read_cells(model, batch.tokens, sites=sites, positions=positions)
+    control = {} if untrained is None else read_cells(untrained, batch.tokens, sites=sites, positions=positions)
     return ProbeMap(
         latent=latent,
         probes=tuple(_probe(task, cell, states, control.get(cell)) for cell, states in activations.items()),
@@ -206,84 +189,20 @@ def probe_task(batch: Batch, latent: str, *, groups: Int[Tensor, " batch"] | Non
     Raises:
         WorkbenchError: no such latent, or no split by group has all classes in training.
     """
-    check_choice("latent", latent, tuple(batch.latents))
-    found = batch.latents[latent]
-    groups = batch.tokens[:, found.position] if groups is None else groups
-    values, labels = found.value.cpu().unique(return_inverse=True)
-    known, group = groups.cpu().unique(return_inverse=True)
-    train, test = _split_by_group(latent, values, labels, group, seed)
+    split = split_by_group(batch, latent, groups=groups, seed=seed)
+    n, n_train = len(split.labels), len(split.train)
     rng = generator(seed, "probe control", latent)
-    order = torch.randperm(len(labels), generator=rng)
-    drawn = torch.randint(0, len(labels), (len(known),), generator=rng)
+    order = torch.randperm(n, generator=rng)
+    drawn = torch.randint(0, n, (split.n_groups,), generator=rng)
     return ProbeTask(
-        labels=labels,
-        control=labels[drawn][group],
-        train=train,
-        test=test,
-        control_train=order[: len(train)],
-        control_test=order[len(train) :],
-        n_classes=len(values),
-        n_groups=len(known),
-    )
-
-
-def read_cells(
-    model: Instrumented, batch: Batch, *, sites: str | Iterable[str | Site], positions: Sequence[int] | None
-) -> Mapping[Cell, Float[Tensor, "batch feature"]]:
-    """Activations of each site and position, flat.
-
-    Raises:
-        WorkbenchError: a site that has no positions, or a position that the prompts do not have.
-    """
-    chosen, n_positions = select_sites(sites, model), batch.tokens.shape[1]
-    if without := [str(site) for site in chosen if "pos" not in site.kind.dims]:
-        raise WorkbenchError(
-            f"A probe reads one position, and {', '.join(without)} has source and destination. Probe z or attn_out."
-        )
-    wanted = range(n_positions) if positions is None else positions
-    if wrong := [position for position in wanted if not 0 <= position < n_positions]:
-        raise WorkbenchError(f"No position {wrong[0]}: prompts have positions 0 to {n_positions - 1}.")
-    trace = run(model, batch.tokens, record=chosen)
-    return {
-        (site, position): trace[site][:, position].reshape(len(batch), -1).cpu()
-        for site in chosen
-        for position in wanted
-    }
-
-
-def fit_probe(features: Float[Tensor, "batch feature"], labels: Int[Tensor, " batch"]) -> Pipeline:
-    """A logistic regression on features of mean 0 and variance 1; labels of at least two classes."""
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
-    with warnings.catch_warnings():
-        # A probe that is not done after so many steps is still a probe, and is scored on what it never saw.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return probe.fit(features.double().numpy(), labels.numpy())
-
-
-def _split_by_group(
-    latent: str, values: Int[Tensor, " value"], labels: Int[Tensor, " batch"], group: Int[Tensor, " batch"], seed: int
-) -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
-    """The first random split of groups in which no class is in the test part alone."""
-    mend = "Give `groups` of which each class has several, or leave those prompts out with batch.select(…)."
-    if len(values) < 2:
-        raise WorkbenchError(
-            f"Latent {latent!r} has one value in all {len(labels)} prompts; a probe needs two or more."
-        )
-    per_class = torch.stack([labels, group], 1).unique(dim=0)[:, 0].bincount(minlength=len(values))
-    if (single := (per_class < 2)).any():
-        listed = ", ".join(map(str, values[single][:SHOWN].tolist())) + (", …" if int(single.sum()) > SHOWN else "")
-        raise WorkbenchError(
-            f"Latent {latent!r} cannot be split by group: {int(single.sum())} of its {len(values)} values ({listed}) "
-            f"are in one group only, and lack examples in training or in the test. {mend}"
-        )
-    state = derive_seed(seed, "probe split", latent) % 2**32
-    splits = GroupShuffleSplit(n_splits=TRIES, test_size=TEST_GROUPS, random_state=state)
-    for train, test in splits.split(np.zeros(len(labels)), groups=group.numpy()):
-        if np.isin(np.arange(len(values)), labels.numpy()[train]).all():
-            return torch.from_numpy(train), torch.from_numpy(test)
-    raise WorkbenchError(
-        f"Latent {latent!r} cannot be split by group: in each of {TRIES} random splits some of its {len(values)} "
-        f"values lacks examples in training. {mend}"
+        labels=split.labels,
+        control=split.labels[drawn][split.group],
+        train=split.train,
+        test=split.test,
+        control_train=order[:n_train],
+        control_test=order[n_train:],
+        n_classes=len(split.values),
+        n_groups=split.n_groups,
     )
 
 
@@ -314,5 +233,4 @@ def _hits(
     if len(labels[train].unique()) == 1:
         # Few groups may all have drawn one label for the control task.
         return labels[test] == labels[train][0]
-    predicted: NDArray[np.int64] = fit_probe(features[train], labels[train]).predict(features[test].double().numpy())
-    return torch.from_numpy(predicted) == labels[test]
+    return told_by_line(fit_line(features[train], labels[train]), features[test], labels[test])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import streamlit as st
 
+from apps.analyses import tuned_lens_of
 from apps.ui import state
 from circuits.patching import Cell, Direction, PatchMap, patch_each
 from circuits.swaps import Base, Swap, swap
@@ -14,6 +15,7 @@ from probes.attention import AttentionPatterns, attention_patterns
 from probes.attribution import Attribution, Granularity, direct_logit_attribution
 from probes.logit_lens import Trajectory, logit_lens
 from probes.places import PlaceReading, read_place
+from probes.tuned_lens import TunedLens
 from workbench.instrument.answers import Answers, top_answers
 from workbench.instrument.passes import run as run_model
 from workbench.models.transformer import Transformer
@@ -116,6 +118,12 @@ def swapped_over(asked: Asked, cell: Cell, base: Base, source: str, text: str | 
 def trajectory(asked: Asked) -> Trajectory:
     """The logit lens on the clean prompt."""
     return logit_lens(_model(asked), asked.batch, position_labels=asked.labels)
+
+
+@st.cache_resource(max_entries=KEPT, show_spinner="Fitting the tuned lens …")
+def tuned(reference: str, step: int, sha256: str, split: str) -> TunedLens:
+    """Both lenses over prompts of a split, the tuned one fitted at this checkpoint."""
+    return tuned_lens_of(state.open_run(reference), step, split=split)
 
 
 @st.cache_resource(max_entries=KEPT, show_spinner=False)

@@ -16,7 +16,7 @@ from playwright.sync_api import Page, expect
 from apps.analyses import kept, key_of
 from apps.circuits_of_runs import circuit_of
 from apps.cli import build_parser
-from apps.ui import circuit_jobs, circuit_questions, jobs
+from apps.ui import circuit_jobs, circuit_questions, job_panels, jobs
 from apps.ui.circuit_drawing import AROUND
 from apps.ui.circuit_questions import Question
 from circuits.circuit import Circuit
@@ -94,7 +94,7 @@ def test_the_job_keeps_what_the_page_looks_for(question: Question, change: dict[
 
 @pytest.mark.parametrize(("told", "share"), [("circuit small  42%", 0.42), ("7 % then 100 %", 1.0), ("loading", None)])
 def test_the_share_that_a_job_tells(told: str, share: float | None) -> None:
-    assert circuit_jobs.share_of(told) == share
+    assert job_panels.share_of(told) == share
 
 
 def test_a_kept_circuit_is_shown_at_once(app: Any, summary: dict[str, Any]) -> None:

@@ -108,7 +108,15 @@ def test_every_table_and_figure_is_a_file(written: Path) -> None:
     assert {f"figures/{name}.svg" for name in drawn} <= here
     # Tables without axes have no picture, and every other has one.
     assert drawn <= tables
-    assert tables - drawn == {"claims", "fourier_summary", "circuit_evaluation", "circuit_edges", "history_edges"}
+    assert tables - drawn == {
+        "claims",
+        "fourier_summary",
+        "latents_probes",
+        "latents_amnesic",
+        "circuit_evaluation",
+        "circuit_edges",
+        "history_edges",
+    }
     assert {"training_loss", "progress_loss", "logit_spectrum", "control_losses", "patch_stream"} <= drawn
     assert here >= {"report.html", "manifest.json", "references.bib", "figures/plotly.min.js"}
 
@@ -422,6 +430,8 @@ def test_sections_of_a_grokked_run(small: Run, evidence: Evidence) -> None:
         "Controls",
         "Activation patching",
         "Logit lens",
+        "Probes of the latents",
+        "Tuned lens beside the logit lens",
         "Direct logit attribution",
         "Circuit",
         "Do the finders agree?",
@@ -560,6 +570,7 @@ def imported(small: Run, tmp_path: Path) -> Run:
 def test_an_imported_run_has_a_report_of_what_applies(imported: Run, tmp_path: Path) -> None:
     evidence = gather(imported)
     assert "needs a run on modular arithmetic" in evidence.left_out["Fourier analysis"]
+    assert "cannot be split by group" in evidence.left_out["probes of the latents"]
     titles = [each.title for each in sections_of(evidence)]
     assert titles == [
         "Summary",

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from probes.linear import ProbeTask, linear_probe, probe_task, read_cells
+from probes.linear import ProbeTask, linear_probe, probe_task
+from workbench.instrument.states import read_cells
 from workbench.intervals import share_of
 from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Batch, Latent
@@ -110,12 +111,12 @@ def test_one_control_label_for_all_is_known_by_heart(shown, batch):
 def test_heads_and_neurons_of_a_transformer(transformer):
     task = Modular(p=7)
     model, batch = transformer(task), task.examples("all")
-    cells = read_cells(model, batch, sites="L0.z,L0.post.n3,resid_post", positions=[2])
+    cells = read_cells(model, batch.tokens, sites="L0.z,L0.post.n3,resid_post", positions=[2])
     widths = {str(site): states.shape[1] for (site, _), states in cells.items()}
     assert widths == {"L0.z.h0": 8, "L0.z.h1": 8, "L0.post.n3": 1, "L0.resid_post": 16}
 
 
-def test_the_bridge_of_a_chain_by_its_first_relation(transformer):
+def test_the_bridge_of_a_chain_by_its_head_or_its_first_relation(transformer):
     task = Composition(entities=12, relations=6, out_degree=4, test_fraction=0.2, phi=2.5)
     batch = task.examples("train_inferred")
     model = transformer(Modular(p=19), d_vocab_out=20)
@@ -123,13 +124,15 @@ def test_the_bridge_of_a_chain_by_its_first_relation(transformer):
     batch = batch.select(torch.isin(batch.latents["bridge"].value, common))
     found = linear_probe(model, batch, "bridge", sites="L0.resid_post", positions=[1])
     assert found.n_classes == 2
-    assert found.n_groups == len(batch.tokens[:, 1].unique())
+    assert found.n_groups == len(batch.tokens[:, 0].unique())
+    by_relation = linear_probe(model, batch, "bridge", sites="L0.resid_post", positions=[1], groups=batch.tokens[:, 1])
+    assert by_relation.n_groups == len(batch.tokens[:, 1].unique())
 
 
 def test_a_class_of_one_group_is_an_error(batch):
     task = Modular(p=7)
     with pytest.raises(WorkbenchError, match=r"'a' cannot be split by group: 7 of its 7 values \(0, 1, 2, 3, 4, …\)"):
-        probe_task(task.examples("all"), "a", groups=None, seed=0)
+        probe_task(task.examples("all"), "a", groups=task.examples("all").tokens[:, 0], seed=0)
     # Two groups each: of 120 such pairs, some are always in the test part together.
     value = torch.arange(N) // 4
     crowded = replace(batch, latents={"kind": Latent(value=value, position=0)})
@@ -148,7 +151,7 @@ def test_errors(shown, batch, transformer):
         linear_probe(model, constant, "kind", sites="embed")
     task = Modular(p=7)
     with pytest.raises(WorkbenchError, match=r"L0.pattern.h1 has source and destination"):
-        read_cells(transformer(task), task.examples("all"), sites="L0.pattern", positions=None)
+        read_cells(transformer(task), task.examples("all").tokens, sites="L0.pattern", positions=None)
     rows = torch.arange(3)
     with pytest.raises(WorkbenchError, match="cannot be in the training part and in the test part"):
         ProbeTask(

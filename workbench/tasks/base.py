@@ -27,6 +27,14 @@ class Latent:
     position: int
     among: range | None = None
     """The tokens that could name it, where they stand side by side in the vocabulary."""
+    group: Int[Tensor, " batch"] | None = None
+    """Prompts of one group share what the value could be known by heart from: a split of prompts into those that fit
+    something and those that judge it keeps them together."""
+
+    def of(self, change: Callable[[Tensor], Tensor]) -> Latent:
+        """The latent of the prompts that a change of the batch leaves."""
+        group = None if self.group is None else change(self.group)
+        return replace(self, value=change(self.value), group=group)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -75,7 +83,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {name: change(value) for name in TENSORS if (value := getattr(self, name)) is not None}
-        latents = {name: replace(latent, value=change(latent.value)) for name, latent in self.latents.items()}
+        latents = {name: latent.of(change) for name, latent in self.latents.items()}
         return replace(self, **tensors, latents=latents)
 
     def pairs(self) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
@@ -97,11 +105,14 @@ def join(batches: Sequence[Batch]) -> Batch:
         for name in TENSORS
         if getattr(first, name) is not None
     }
-    latents = {
-        name: replace(latent, value=torch.cat([batch.latents[name].value for batch in batches]))
-        for name, latent in first.latents.items()
-    }
+    latents = {name: _joined([batch.latents[name] for batch in batches]) for name in first.latents}
     return replace(first, **stacked, latents=latents, dropped=sum(batch.dropped for batch in batches))
+
+
+def _joined(latents: Sequence[Latent]) -> Latent:
+    groups = [latent.group for latent in latents if latent.group is not None]
+    group = torch.cat(groups) if len(groups) == len(latents) else None
+    return replace(latents[0], value=torch.cat([latent.value for latent in latents]), group=group)
 
 
 def sample_pairs(

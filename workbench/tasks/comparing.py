@@ -316,11 +316,14 @@ class Comparing(FactTask):
         question = Question(attribute=attribute, e1=e1, e2=e2, atomic=torch.full((len(rows),), atomic))
         answer, at = self._answer(question), 1 if atomic else 4
         read = (torch.arange(5) == at).repeat(len(rows), 1)
-        latents: Mapping[str, Latent] = {"answer": Latent(value=answer, position=at)}
+        latents: Mapping[str, Latent] = {"answer": Latent(value=answer, position=at, group=e1)}
         if not atomic:
             v1, v2 = (self._first_value + self._value(attribute, entity) for entity in (e1, e2))
             values = range(self._first_value, self._first_label)
-            v1, v2 = Latent(value=v1, position=2, among=values), Latent(value=v2, position=4, among=values)
-            latents = {"v1": v1, "v2": v2, **latents}
+            latents = {
+                "v1": Latent(value=v1, position=2, among=values, group=e1),
+                "v2": Latent(value=v2, position=4, among=values, group=e2),
+                **latents,
+            }
         targets = torch.where(read, answer[:, None], 0)
         return Batch(tokens=self._tokens(question), targets=targets, read=read, latents=latents)

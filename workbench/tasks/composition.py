@@ -360,11 +360,13 @@ class Composition(FactTask):
         at = 1 if second is None else 2
         read = (torch.arange(3) == at).repeat(len(head), 1)
         entities, relations = range(self.entities), range(self.entities, self.pad_token)
-        latents = {"answer": Latent(value=answer, position=at, among=entities)}
+        # A fact's tail can be known by heart from its head, which in the second fact is the bridge.
+        asked = head if second is None else bridge
+        latents = {"answer": Latent(value=answer, position=at, among=entities, group=asked)}
         if second is not None:
             latents = {
-                "bridge": Latent(value=bridge, position=1, among=entities),
-                "relation": Latent(value=last, position=2, among=relations),
+                "bridge": Latent(value=bridge, position=1, among=entities, group=head),
+                "relation": Latent(value=last, position=2, among=relations, group=head),
                 **latents,
             }
         return Batch(tokens=tokens, targets=torch.where(read, answer[:, None], 0), read=read, latents=latents)

@@ -190,9 +190,9 @@ class Modular:
         read = torch.zeros_like(tokens, dtype=torch.bool)
         read[:, 2] = True
         latents = {
-            "a": Latent(value=a, position=0),
-            "b": Latent(value=b, position=1),
-            "answer": Latent(value=answer, position=2),
+            "a": Latent(value=a, position=0, group=b),
+            "b": Latent(value=b, position=1, group=a),
+            "answer": Latent(value=answer, position=2, group=a),
         }
         return Batch(tokens=tokens, targets=targets, read=read, latents=latents)
 

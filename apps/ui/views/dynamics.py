@@ -17,6 +17,7 @@ from apps.reasoning import kept_reasoning
 from apps.reasoning_tables import PANELS, curve_tables
 from apps.ui import charts, state
 from apps.ui.panels import effect_grid, stacked
+from apps.ui.probe_panels import latent_maps
 from apps.ui.reasoner_panels import causal_maps
 from circuits.patching import PatchMap, patch_each
 from probes.fourier import FourierResult, ablate_frequencies, fourier, neuron_grid
@@ -72,6 +73,8 @@ def page() -> None:
     if isinstance(run.task, Reasoner):
         with state.user_errors_shown():
             causal_maps(run, shown)
+    with state.user_errors_shown():
+        latent_maps(run, shown)
     _maps(run, shown)
     _python(run, step, final, frequency)
 

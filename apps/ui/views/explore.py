@@ -351,6 +351,23 @@ def _lens(asked: Asked) -> None:
     st.markdown(f"{lens.sites[place[0]]} at {lens.positions[place[1]]} predicts {said}")
     table = next(table for table in lens.tables() if table.name == f"lens_{measure}")
     state.download(table, key="lens_table")
+    _tuned_lens(asked)
+
+
+def _tuned_lens(asked: Asked) -> None:
+    """Both lenses over many prompts, once that is asked for: the tuned one is fitted first."""
+    if not st.toggle("Tuned lens, over many prompts", key="tuned", bind="query-params"):
+        return
+    split = state.unseen_split(state.open_run(asked.reference))
+    tables = {table.name: table for table in questions.tuned(asked.reference, asked.step, asked.sha256, split).tables()}
+    names = {"KL to the final distribution": "tuned_lens_kl", "reciprocal rank": "tuned_lens_reciprocal_rank"}
+    chosen = st.segmented_control(
+        "Lenses compared by", list(names), default=next(iter(names)), required=True, key="lenses", bind="query-params"
+    )
+    table = tables[names[chosen]]
+    st.plotly_chart(figure(table).update_layout(title_text="", margin_t=16), key="tuned_lens", config=PLOTLY)
+    st.caption(table.caption)
+    state.download(table, key="tuned_lens_table")
 
 
 def _attribution(asked: Asked) -> None:
