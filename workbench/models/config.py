@@ -39,6 +39,9 @@ class ModelConfig:
     normalization: Literal["LN"] | None = None
     """LayerNorm before attention, MLP and unembedding, or none anywhere."""
     activation: Literal["relu", "gelu", "gelu_new"] = "relu"
+    embedding: Literal["learned", "one_hot"] = "learned"
+    """Whether embeddings are learned, or fixed: a one-hot token in the stream's first d_vocab dimensions, a one-hot
+    position in its last n_ctx, and zeros between them (Saparov et al. 2025, section 3)."""
     tied: bool = False
     """Unembed with the embedding's transpose."""
     biases: tuple[Bias, ...] = ("mlp",)
@@ -64,6 +67,13 @@ class ModelConfig:
             raise WorkbenchError(f"Unknown normalization {self.normalization!r}. Known: LN, None.")
         if self.init not in ("fan_in", "gpt2"):
             raise WorkbenchError(f"Unknown init {self.init!r}. Known: fan_in, gpt2.")
+        if self.embedding not in ("learned", "one_hot"):
+            raise WorkbenchError(f"Unknown embedding {self.embedding!r}. Known: learned, one_hot.")
+        if self.embedding == "one_hot" and self.d_model < self.d_vocab + self.n_ctx:
+            raise WorkbenchError(
+                f"One-hot embeddings of {self.d_vocab} tokens and {self.n_ctx} positions need d_model of at least "
+                f"{self.d_vocab + self.n_ctx}, got {self.d_model}."
+            )
         if unknown := set(self.biases) - set(BIASES):
             raise WorkbenchError(f"Unknown biases {sorted(unknown)}. Known: {', '.join(BIASES)}.")
         if self.d_vocab_out > self.d_vocab or (self.tied and self.d_vocab_out != self.d_vocab):

@@ -227,17 +227,28 @@ class Step(nn.Module):
 class Embed(nn.Module):
     """Token embedding."""
 
+    W_E: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.W_E = nn.Parameter(torch.empty(config.d_vocab, config.d_model))
+        if config.embedding == "one_hot":
+            self.register_buffer("W_E", torch.eye(config.d_vocab, config.d_model))
+        else:
+            self.W_E = nn.Parameter(torch.empty(config.d_vocab, config.d_model))
 
 
 class PosEmbed(nn.Module):
-    """Learned absolute positions."""
+    """Absolute positions."""
+
+    W_pos: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.W_pos = nn.Parameter(torch.empty(config.n_ctx, config.d_model))
+        if config.embedding == "one_hot":
+            before = torch.zeros(config.n_ctx, config.d_model - config.n_ctx)
+            self.register_buffer("W_pos", torch.cat([before, torch.eye(config.n_ctx)], 1))
+        else:
+            self.W_pos = nn.Parameter(torch.empty(config.n_ctx, config.d_model))
 
 
 class Unembed(nn.Module):
@@ -280,11 +291,11 @@ class Transformer(nn.Module):
 
     @property
     def matrices(self) -> tuple[nn.Parameter, ...]:
-        """The parameters that multiply, embeddings among them; the others are biases, and scales of LayerNorms."""
+        """The parameters that multiply, learned embeddings among them; the others are biases and LayerNorms' scales."""
         inner = [matrix for block in self.weights for matrix in cast(Block, block).matrices]
         return (
-            self.embed.W_E,
-            self.pos_embed.W_pos,
+            *self.embed.parameters(),
+            *self.pos_embed.parameters(),
             *inner,
             *(() if self.unembed.W_U is None else (self.unembed.W_U,)),
         )

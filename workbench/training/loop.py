@@ -25,12 +25,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workbench.metrics import is_right
 from workbench.models.config import ModelConfig
 from workbench.models.fast import ReadPlan, read_logits
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator, thread_count
 from workbench.store import RunFolder, load_tensors, save_tensors, write_json, writing
-from workbench.tasks.base import Batch
+from workbench.tasks.base import Batch, Streamed
 from workbench.training.acceleration import LOSSES, Loss, amplify_slow, orthogonal_to
 from workbench.training.checkpoints import METRICS, STATUS, Run, add_reason, list_checkpoints, save_checkpoint
 from workbench.training.curves import TrainLog
@@ -41,6 +42,8 @@ STATE_SECONDS = 5.0
 STATES_KEPT = 2
 EVALUATION_ROWS = 20_000
 PROBES = 3_000
+STREAMED_STEPS = 32
+"""Steps whose examples are drawn at once, of a task that streams them."""
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int, Mapping[str, Any]], None]
@@ -151,6 +154,7 @@ class Trainer:
         }
         self.own_rows = self._dealt(self.train_split) if config.batch_size is None else None
         self.batch_generator = generator(config.batch_seed, "batches")
+        self.chunk: tuple[int, Batch] | None = None
 
     def start(self) -> None:
         """Begin a new run."""
@@ -286,9 +290,23 @@ class Trainer:
         if self.own_rows is not None:
             return self.own_rows, int(self.train_split.read.sum())
         assert self.config.batch_size is not None
+        if isinstance(self.recipe.task, Streamed):
+            batch = self._streamed(self.recipe.task, self.config.batch_size)
+            return self._dealt(batch), int(batch.read.sum())
         rows = torch.randint(len(self.train_split), (self.config.batch_size,), generator=self.batch_generator)
         batch = self.train_split.select(rows.to(self.train_split.tokens.device))
         return self._dealt(batch), int(batch.read.sum())
+
+    def _streamed(self, task: Streamed, n: int) -> Batch:
+        """This step's fresh examples.
+
+        As many steps as are drawn at once have a stream of their own, so that a state has none to hold.
+        """
+        number, step = divmod(self.position.step, STREAMED_STEPS)
+        if self.chunk is None or self.chunk[0] != number:
+            seed = generator(self.config.batch_seed, "stream", number)
+            self.chunk = number, task.stream(STREAMED_STEPS * n, seed=seed).to(self.accelerator.device)
+        return self.chunk[1].select(slice(step * n, (step + 1) * n))
 
     def _draw_masks(self, own: Dataset) -> Masks:
         """This step's dropout for this process's rows.
@@ -389,7 +407,7 @@ def _losses(model: Transformer, split: str, parts: list[Dataset]) -> dict[str, f
     for part in parts:
         logits = read_logits(model, part.plan).double()
         loss += float(functional.cross_entropy(logits, part.answers, reduction="sum"))
-        correct += float((logits.argmax(1) == part.answers).sum())
+        correct += float(is_right(logits.argmax(1), part.batch).sum())
         reads += len(part.answers)
     return {f"{split}_loss": loss / reads, f"{split}_accuracy": correct / reads}
 

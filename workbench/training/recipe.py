@@ -26,10 +26,13 @@ from workbench.tasks.base import Task
 from workbench.tasks.comparison import Comparison
 from workbench.tasks.complex_comparison import ComplexComparison
 from workbench.tasks.composition import Composition
+from workbench.tasks.graph_search import GraphSearch
 from workbench.tasks.modular import Modular
 from workbench.tasks.pairs import Pairs
 
-TASKS: dict[str, type] = {task.name: task for task in (Modular, Pairs, Composition, Comparison, ComplexComparison)}
+TASKS: dict[str, type] = {
+    task.name: task for task in (Modular, Pairs, Composition, Comparison, ComplexComparison, GraphSearch)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,8 @@ class TrainConfig:
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its value."""
     batch_size: int | None = None
-    """Examples a step, drawn at random; None takes the whole training split at every step.
+    """Examples a step, drawn at random, or fresh ones of a task that streams them; None takes the whole training split
+    at every step.
 
     With batches, at most 3,000 examples of each split are measured, drawn once and the same in every run; without, all.
     """
