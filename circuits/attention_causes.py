@@ -56,8 +56,8 @@ class Perturbed:
         model, prompt = clean.model, clean.prompt
         if prompt.unused is None:
             raise WorkbenchError(
-                f"All {prompt.n_vertices} vertices occur in the prompt, so that none can stand for another. Trace a "
-                "smaller graph, or train with a spare vertex."
+                f"All {prompt.layout.n_names} vertices occur in the prompt, so that none can stand for another. Trace "
+                "a smaller graph, or train with a spare name."
             )
         tokens = tuple(sorted(set(prompt.tokens.tolist())))
         each, places = torch.arange(len(prompt)), torch.arange(len(prompt)) + len(tokens)
@@ -104,7 +104,7 @@ class Perturbed:
         return (*found, *self._marks(of_key[n_tokens:] > threshold, rows))
 
     def _is_vertex(self, feature: int) -> bool:
-        return 1 <= self.tokens[feature] <= self.clean.prompt.n_vertices
+        return 1 <= self.tokens[feature] <= self.clean.prompt.layout.n_names
 
     def _marks(self, of_key: Tensor, query_rows: set[int]) -> list[Cause]:
         """Causes at the last rows: what is reachable from both start and goal, or from the goal."""

@@ -1,14 +1,12 @@
 """A prompt of graph search as its tracer reads it: the directed graph, and which row of the prompt holds what.
 
-The layout is that of Saparov et al. (2025), padded on the left: `E source target` for each edge, then `Q start goal P
-current`. Ids count up from the vertices, 1 to `n_vertices`: path, edge, padding, query. Rows are those of the prompt
-without its padding, which no other row reads; the last rows are always those of the question.
+Rows are those of the prompt without its padding, which no other row reads; the last rows are those of the question.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.runtime import WorkbenchError, generator
+from workbench.tasks.graph_prompts import EDGE_LENGTH, TAIL, Layout, check_question
 
 START, GOAL, CURRENT = -4, -3, -1
 """Rows of the question, counted from the end."""
@@ -26,13 +25,6 @@ class Digraph:
     """A directed graph without cycles."""
 
     edges: frozenset[tuple[int, int]]
-
-    def __post_init__(self) -> None:
-        if looped := sorted(vertex for vertex in self.vertices if vertex in self.descendants(vertex)):
-            raise WorkbenchError(
-                f"The graph has a cycle through {', '.join(map(str, looped))}. A search graph has none: leave an edge "
-                "of it out."
-            )
 
     @functools.cached_property
     def vertices(self) -> frozenset[int]:
@@ -67,7 +59,7 @@ class Digraph:
             length[vertex] = max((1 + length[child] for child in self.children(vertex)), default=0)
         return max(length.values(), default=0)
 
-    def renamed(self, names: dict[int, int]) -> Digraph:
+    def renamed(self, names: Mapping[int, int]) -> Digraph:
         """The same graph with other names for some of its vertices."""
         return Digraph(edges=frozenset((names.get(a, a), names.get(b, b)) for a, b in self.edges))
 
@@ -90,41 +82,34 @@ class SearchPrompt:
     """The prompt as the model reads it."""
     position: Int[Tensor, " row"]
     """Where each row stands in it."""
-    n_vertices: int
+    layout: Layout
     graph: Digraph
     """By which a trace is judged; the prompt's own, unless a control puts another there."""
 
     @classmethod
-    def read(cls, tokens: Int[Tensor, " pos"], n_vertices: int) -> SearchPrompt:
-        """The prompt in these tokens, padded on the left.
+    def read(cls, tokens: Int[Tensor, " pos"], layout: Layout) -> SearchPrompt:
+        """The prompt in these tokens.
 
         Raises:
-            WorkbenchError: another layout, a vertex that is not in the vocabulary, a cycle, or a goal that cannot be
-                reached.
+            WorkbenchError: another layout, a cycle, several parts, or a goal that cannot be reached.
         """
-        path, edge, pad, query = range(n_vertices + 1, n_vertices + 5)
-        position = (tokens != pad).nonzero()[:, 0]
+        position = (tokens != layout.pad).nonzero()[:, 0]
         rows = tokens[position].tolist()
-        triples = [tuple(rows[first : first + 3]) for first in range(0, len(rows) - 5, 3)]
-        shaped = len(rows) >= 8 and len(rows) % 3 == 2 and (rows[-5], rows[-2]) == (query, path)
-        if not shaped or any(triple[0] != edge for triple in triples):
+        body, tail = rows[:-TAIL], rows[-TAIL:]
+        triples = [body[first : first + EDGE_LENGTH] for first in range(0, len(body), EDGE_LENGTH)]
+        names = [*(vertex for triple in triples for vertex in triple[1:]), *tail[1:3]]
+        shaped = len(tokens) == layout.size and triples and len(body) % EDGE_LENGTH == 0
+        shaped = shaped and all(triple[0] == layout.edge for triple in triples)
+        shaped = shaped and [tail[0], *tail[3:]] == [layout.query, layout.path, tail[1]]
+        if not shaped or not all(1 <= name <= layout.n_names for name in names):
             raise WorkbenchError(
-                f"No prompt of graph search: tokens {rows}. Wanted `{edge} source target` for each edge, then "
-                f"`{query} start goal {path} start`, padded on the left with {pad}."
+                f"No prompt of graph search: tokens {tokens.tolist()}. Wanted {layout.size} of them: "
+                f"`{layout.edge} source target` for each edge, then `{layout.query} start goal {layout.path} start`, "
+                f"padded on the left with {layout.pad}; vertices are 1 to {layout.n_names}."
             )
-        edges = [(source, target) for _, source, target in triples]
-        start, goal, current = rows[START], rows[GOAL], rows[CURRENT]
-        if unknown := {*(vertex for pair in edges for vertex in pair), start, goal} - set(range(1, n_vertices + 1)):
-            raise WorkbenchError(f"Vertices are 1 to {n_vertices}, got {', '.join(map(str, sorted(unknown)))}.")
-        graph = Digraph(edges=frozenset(edges))
-        if len(graph.edges) < len(edges):
-            raise WorkbenchError("An edge is given twice. Give each edge once.")
-        if current != start or start == goal or not graph.reaches(start, goal):
-            raise WorkbenchError(
-                f"No search: goal {goal} must be reached from start {start}, and the path begin with the start alone "
-                f"(it begins with {current}). Give another goal or edge."
-            )
-        return cls(padded=tokens, position=position, n_vertices=n_vertices, graph=graph)
+        check_question(layout.read(tokens[None].numpy()))
+        edges = frozenset((source, target) for _, source, target in triples)
+        return cls(padded=tokens, position=position, layout=layout, graph=Digraph(edges=edges))
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -153,13 +138,13 @@ class SearchPrompt:
     @property
     def unused(self) -> int | None:
         """A vertex that does not occur, to stand for any other; None where all occur."""
-        free = set(range(1, self.n_vertices + 1)) - set(self.tokens.tolist())
+        free = set(range(1, self.layout.n_names + 1)) - set(self.tokens.tolist())
         return min(free, default=None)
 
     def vertex(self, row: int) -> int | None:
         """The vertex at a row; None where there is another token."""
         token = int(self.tokens[row])
-        return token if 1 <= token <= self.n_vertices else None
+        return token if 1 <= token <= self.layout.n_names else None
 
     def solved_by(self, rows: Iterable[int]) -> bool:
         """Whether the vertices at these rows hold a path from start to goal."""

@@ -1,5 +1,7 @@
 """The effects of all edits at once are those of one forward pass an edit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from search_models import branches, one_pass_an_edit, prompt_of, random_model
@@ -14,11 +16,11 @@ from circuits.attention_ops import (
     measure_of,
     strongest_operations,
 )
-from circuits.search_prompts import SearchPrompt
 from workbench.models.planted_search import path_doubling
 from workbench.runtime import WorkbenchError
+from workbench.tasks.graph_prompts import Layout
 
-SIZE, VERTICES = 17, 6
+LAYOUT = Layout(size=17, spare=2)
 
 
 def slow_pass(model, prompt, unit):
@@ -37,7 +39,7 @@ def slow_pass(model, prompt, unit):
 
 @pytest.fixture(scope="module")
 def prompt():
-    return SearchPrompt.read(prompt_of([(1, 2), (2, 3), (1, 4)], 1, 3, size=SIZE, n_vertices=VERTICES), VERTICES)
+    return prompt_of([(1, 2), (2, 3), (1, 4)], 1, 3, LAYOUT)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def prompt():
     ],
 )
 def test_equals_one_forward_pass_an_edit(prompt, shape, unit):
-    model = random_model(size=SIZE, n_vertices=VERTICES, **shape)
+    model = random_model(LAYOUT, **shape)
     slow, thresholds = slow_pass(model, prompt, unit), SHARE if unit == "margin" else PUBLISHED
     fast = EditedPass.of(slow.clean, unit)
     assert fast.value == pytest.approx(slow.value, abs=1e-5)
@@ -66,7 +68,7 @@ def test_equals_one_forward_pass_an_edit(prompt, shape, unit):
 
 
 def test_chunks_change_nothing(prompt, monkeypatch):
-    clean = CleanPass.of(random_model(size=SIZE, n_vertices=VERTICES), prompt)
+    clean = CleanPass.of(random_model(LAYOUT), prompt)
     measure = measure_of(clean, "margin")
     whole = edit_effects(clean, 0, measure)
     monkeypatch.setattr("circuits.attention_effects.CHUNK", 7 * 14 * 20)
@@ -75,17 +77,17 @@ def test_chunks_change_nothing(prompt, monkeypatch):
 
 def test_padding_is_not_read(prompt):
     """The same prompt with and without padding has the same pass, where positions embed alike."""
-    model = random_model(size=SIZE, n_vertices=VERTICES)
+    model = random_model(LAYOUT)
     clean = CleanPass.of(model, prompt)
-    assert len(prompt) == 14 < SIZE
+    assert len(prompt) == 14 < LAYOUT.size
     with torch.no_grad():
         torch.testing.assert_close(clean.logits, model(prompt.padded[None])[0, -1])
 
 
 def test_operations_of_the_wired_model():
     """Zeroing the copy that the answer is read off by costs the whole answer; its strength is in shares of the lead."""
-    tokens = branches(3, 2, seed=1, n_vertices=8, size=26)
-    edited = EditedPass.of(CleanPass.of(path_doubling(26, 8), SearchPrompt.read(tokens, 8)), "margin")
+    layout = Layout(size=26, spare=1)
+    edited = EditedPass.of(CleanPass.of(path_doubling(layout), branches(3, 2, layout, seed=1)), "margin")
     assert edited.value == pytest.approx(10, abs=1e-3)
     found = important_operations(edited, SHARE)
     [read] = [operation for operation in found if operation.layer == 2]
@@ -104,10 +106,10 @@ def test_operations_of_the_wired_model():
 
 
 def test_errors(prompt):
-    two_heads = random_model(size=SIZE, n_vertices=VERTICES, n_heads=2)
+    two_heads = random_model(LAYOUT, n_heads=2)
     with pytest.raises(WorkbenchError, match="one head a layer; this one has 2"):
         CleanPass.of(two_heads, prompt)
-    small = random_model(size=SIZE - 1, n_vertices=VERTICES)
+    small = random_model(replace(LAYOUT, size=16))
     with pytest.raises(WorkbenchError, match="has 17 positions and tokens up to 10; the model reads 16 positions"):
         CleanPass.of(small, prompt)
     with pytest.raises(WorkbenchError, match="Thresholds are above 0, got 0.0"):

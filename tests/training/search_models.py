@@ -3,6 +3,7 @@
 import torch
 
 from circuits.attention_effects import Effects
+from circuits.search_prompts import SearchPrompt
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Site
 from workbench.instrument.trace import Patch, Value
@@ -11,27 +12,24 @@ from workbench.models.transformer import Transformer
 from workbench.runtime import generator
 
 
-def prompt_of(edges, start, goal, *, size, n_vertices):
-    """The padded prompt, by hand."""
-    path, edge, pad, query = range(n_vertices + 1, n_vertices + 5)
-    tokens = [token for source, target in edges for token in (edge, source, target)]
-    tokens += [query, start, goal, path, start]
-    return torch.tensor([pad] * (size - len(tokens)) + tokens)
+def prompt_of(edges, start, goal, layout):
+    """The prompt of a graph."""
+    return SearchPrompt.read(torch.from_numpy(layout.write_one(edges, start, goal)), layout)
 
 
-def branches(length, n_branches, *, seed, n_vertices, size):
+def branches(length, n_branches, layout, *, seed):
     """A start with chains of one length, ids and edges shuffled; the goal ends the first."""
     draw = generator(seed, "branches")
-    ids = (torch.randperm(n_vertices, generator=draw) + 1).tolist()
+    ids = (torch.randperm(layout.n_names, generator=draw) + 1).tolist()
     start, rest = ids[0], ids[1 : 1 + length * n_branches]
     edges = []
     for chain in (rest[first : first + length] for first in range(0, len(rest), length)):
         edges += list(zip([start, *chain[:-1]], chain, strict=True))
     order = torch.randperm(len(edges), generator=draw).tolist()
-    return prompt_of([edges[i] for i in order], start, rest[length - 1], size=size, n_vertices=n_vertices)
+    return prompt_of([edges[i] for i in order], start, rest[length - 1], layout)
 
 
-def random_model(*, size, n_vertices, n_layers=3, normalization="LN", d_mlp=24, n_heads=1, scale=2.0):
+def random_model(layout, *, n_layers=3, normalization="LN", d_mlp=24, n_heads=1, scale=2.0):
     """An untrained model with everything switched on, its attention sharper than at initialisation."""
     config = ModelConfig(
         n_layers=n_layers,
@@ -39,13 +37,13 @@ def random_model(*, size, n_vertices, n_layers=3, normalization="LN", d_mlp=24, 
         n_heads=n_heads,
         d_head=20,
         d_mlp=d_mlp,
-        n_ctx=size,
-        d_vocab=n_vertices + 5,
-        d_vocab_out=n_vertices + 5,
+        n_ctx=layout.size,
+        d_vocab=len(layout.vocab),
+        d_vocab_out=len(layout.vocab),
         normalization=normalization,
         biases=("attn", "mlp", "unembed"),
         causal=False,
-        pad_token=n_vertices + 3,
+        pad_token=layout.pad,
     )
     draw = generator(0, "random search model")
     model = Transformer(config, generator=draw)

@@ -18,29 +18,19 @@ from torch import Tensor
 
 from workbench.models.config import ModelConfig
 from workbench.models.transformer import Transformer
-from workbench.runtime import WorkbenchError, generator
+from workbench.runtime import generator
+from workbench.tasks.graph_prompts import EDGE_LENGTH, TAIL, Layout
 
 SHARP = 20.0
 """Attention score by which a row is preferred."""
 GAIN = 10.0
 """Logits of a whole answer."""
-LONGEST_PATH = 3
-"""Edges from start to goal that the model can search."""
 Spaces = Mapping[str, slice]
 
 
-def path_doubling(size: int, n_vertices: int) -> Transformer:
-    """The model for prompts of a length.
-
-    Args:
-        size: length of the padded prompt.
-        n_vertices: largest vertex; the four tokens after it are path, edge, padding and query.
-
-    Raises:
-        WorkbenchError: no edge fits into the prompt.
-    """
-    if size < 8:
-        raise WorkbenchError(f"A prompt of {size} tokens holds no edge and question. Give a size of 8 or more.")
+def path_doubling(layout: Layout) -> Transformer:
+    """The model for prompts of a layout."""
+    size, n_vertices = layout.size, layout.n_names
     sizes = {"token": n_vertices, "position": size, "source": 1, "target": 1, "end": 1, "sink": 1}
     sizes |= {"partner": n_vertices, "far": n_vertices, "out": n_vertices}
     spaces, width = {}, 0
@@ -54,10 +44,10 @@ def path_doubling(size: int, n_vertices: int) -> Transformer:
         d_head=width,
         d_mlp=0,
         n_ctx=size,
-        d_vocab=n_vertices + 5,
-        d_vocab_out=n_vertices + 5,
+        d_vocab=len(layout.vocab),
+        d_vocab_out=len(layout.vocab),
         causal=False,
-        pad_token=n_vertices + 3,
+        pad_token=layout.pad,
         biases=(),
     )
     model = Transformer(config, generator=generator(0, "planted search"))
@@ -67,7 +57,7 @@ def path_doubling(size: int, n_vertices: int) -> Transformer:
     _embed(state, spaces, size, n_vertices)
     _bind(state, spaces, size)
     _double(state, spaces)
-    _read_off(state, spaces, size)
+    _read_off(state, spaces, layout.n_edges)
     for layer in range(config.n_layers):
         # Scores are divided by the root of the head's width.
         state[f"weights.{layer}.attn.W_Q"] *= math.sqrt(width)
@@ -87,11 +77,11 @@ def _embed(state: Mapping[str, Tensor], spaces: Spaces, size: int, n_vertices: i
 
 
 def _sources(size: int) -> list[int]:
-    return list(range(size - 7, 0, -3))
+    return list(range(size - TAIL - 2, 0, -EDGE_LENGTH))
 
 
 def _targets(size: int) -> list[int]:
-    return list(range(size - 6, 1, -3))
+    return list(range(size - TAIL - 1, 1, -EDGE_LENGTH))
 
 
 def _bind(state: Mapping[str, Tensor], spaces: Spaces, size: int) -> None:
@@ -123,14 +113,13 @@ def _double(state: Mapping[str, Tensor], spaces: Spaces) -> None:
     _copy(state, 1, spaces, "partner", "far")
 
 
-def _read_off(state: Mapping[str, Tensor], spaces: Spaces, size: int) -> None:
+def _read_off(state: Mapping[str, Tensor], spaces: Spaces, n_edges: int) -> None:
     """The last row attends to sources that are the start, by how much of what it gathered they hold.
 
     What a row gathered is spread over as many vertices as it attended to, fewer than edges fit: one shared vertex is
     worth SHARP at least, and all of them less than being a source and the start.
     """
-    edges = (size - 5) // 3
-    match = SHARP * edges**2
+    match = SHARP * n_edges**2
     query, key = _attend(state, 2)
     n = spaces["token"].stop
     query[spaces["token"], :n] = 5 * match * torch.eye(n)
