@@ -206,6 +206,25 @@ def reason(options: argparse.Namespace) -> Printout:
     return replace(printout, text=as_lines(scalars(printout.content)) + "\n\n" + as_columns(last, tuple(last[0])))
 
 
+def trace(options: argparse.Namespace) -> Printout:
+    """Path merging in a search run, at one checkpoint or all."""
+    from apps.tracing import COLUMNS, printed_rows, traces_of
+
+    arguments = {name: getattr(options, name) for name in ("inputs", "lookahead", "seed")}
+    with share_bar(f"trace {options.run}") as on_progress:
+        printout = _analyse(options, "path_traces", partial(traces_of, on_progress=on_progress), arguments)
+    if options.checkpoint == "all":
+        return printout
+    content = printout.content
+    parts = [as_columns(printed_rows(content), COLUMNS)]
+    if content["causal"]:
+        conditions = content["causal"]["conditions"]
+        parts.append(as_columns(conditions, tuple(conditions[0])))
+        parts.append(as_lines({name: value for name, value in content["causal"].items() if name != "conditions"}))
+    last = {name: content[name] for name in ("step", "skipped", "seconds_per_input", "seconds")}
+    return replace(printout, text="\n\n".join([*parts, as_lines(last)]))
+
+
 def scorecard(options: argparse.Namespace) -> Printout:
     """The score card."""
     from circuits.scorecard import scorecard as make_card

@@ -1,4 +1,4 @@
-"""Are the explained operations what the answer is computed by? They are kept alone, taken out, and other ones taken out.
+"""Whether the explained operations are what the answer is computed by: they are kept alone, and they are removed.
 
 An entry of an attention pattern is ablated by its mean over the prompts in which neither of its rows is padding. Kept
 entries are computed again in the pass, after what was ablated before them.

@@ -21,12 +21,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import pandas as pd
+
 from circuits.attention_causes import Cause, Perturbed
 from circuits.attention_effects import CleanPass
 from circuits.attention_ops import SHARE, EditedPass, Operation, Thresholds, important_operations
 from circuits.reachable_sets import Hypothesis, Merge, merge_paths, rows_of_graph
 from circuits.search_prompts import SearchPrompt
 from workbench.models.transformer import Transformer
+from workbench.store import Provenance
+from workbench.tables import Table
+
+OPERATION_COLUMNS = [
+    *("layer", "dest", "src", "dest_token", "src_token", "sign", "strength", "causes"),
+    *("merged_published", "merged_strict"),
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,6 +50,77 @@ class PathTrace:
     predicted: int
     correct: bool
     thresholds: Thresholds
+
+    provenance: Provenance
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row an operation that counts, at the positions of the padded prompt."""
+        merged = {
+            name: {(each.layer, each.dest, each.src) for each in merge.operations}
+            for name, merge in (("published", self.published), ("strict", self.strict))
+        }
+        position, tokens = self.prompt.position.tolist(), self.prompt.tokens.tolist()
+        names = self.prompt.layout.vocab
+        rows = [
+            {
+                "layer": each.layer,
+                "dest": position[each.dest],
+                "src": position[each.src],
+                "dest_token": names[tokens[each.dest]],
+                "src_token": names[tokens[each.src]],
+                "sign": each.sign,
+                "strength": each.strength,
+                "causes": ", ".join(map(str, each.causes)),
+                **{f"merged_{name}": (each.layer, each.dest, each.src) in places for name, places in merged.items()},
+            }
+            for each in self.operations
+        ]
+        return pd.DataFrame(rows, columns=OPERATION_COLUMNS)
+
+    @property
+    def sets(self) -> pd.DataFrame:
+        """One row a place that flows into the answer: the vertices that its row holds, by the strict merge."""
+        vertices = [
+            (layer, row, sorted({vertex for each in held if (vertex := self.prompt.vertex(each)) is not None}))
+            for layer, places in enumerate(self.strict.held)
+            for row, held in places.items()
+        ]
+        rows = [
+            {"layer": layer, "position": int(self.prompt.position[row]), "holds": " ".join(map(str, held))}
+            for layer, row, held in vertices
+        ]
+        return pd.DataFrame(rows, columns=["layer", "position", "holds"])
+
+    def tables(self) -> Sequence[Table]:
+        """Operations, and reachable sets by layer."""
+        says = (
+            f"One input, answered {'rightly' if self.correct else 'wrongly'}; explained by the published merge: "
+            f"{self.explained}, by the strict one: {self.explained_strict}. An operation counts from {self._rule}."
+        )
+        named = {"operations": (self.frame, "multiples of the threshold"), "reachable_sets": (self.sets, "vertices")}
+        return [
+            Table(name=name, frame=frame, kind="table", axes={}, unit=unit, caption=says)
+            for name, (frame, unit) in named.items()
+        ]
+
+    def summary(self) -> dict[str, object]:
+        """The findings as one JSON object."""
+        return {
+            "explained": self.explained,
+            "explained_strict": self.explained_strict,
+            "predicted": self.predicted,
+            "correct": self.correct,
+            "operations": self.frame.to_dict("records"),
+            "sets": self.sets.to_dict("records"),
+        }
+
+    @property
+    def _rule(self) -> str:
+        effect = self.thresholds.effect
+        return (
+            f"{effect:.0%} of the answer's lead on" if self.thresholds.unit == "margin" else f"a fall of {effect:g} on"
+        )
 
     @property
     def explained(self) -> bool:
@@ -103,6 +183,7 @@ class Tracer:
             predicted=predicted,
             correct=predicted in clean.prompt.answers,
             thresholds=thresholds,
+            provenance=clean.model.provenance,
         )
 
     def _causes(self, operation: Operation, thresholds: Thresholds) -> tuple[Cause, ...]:

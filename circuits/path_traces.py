@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class PathTraces:
     """Prompts in which every vertex name occurs, so that features cannot be perturbed."""
     ablations: Ablations | None
     """Over the inputs that are judged; None without such."""
+    seconds_per_input: float
+    """Wall time, controls and other thresholds included."""
     provenance: Provenance
 
     @property
@@ -86,6 +89,7 @@ class PathTraces:
             "kinds": self._kinds().to_dict("records"),
             "merges": self._merges().to_dict("records"),
             "skipped": self.skipped,
+            "seconds_per_input": self.seconds_per_input,
         }
 
     def tables(self) -> Sequence[Table]:
@@ -219,7 +223,7 @@ def trace_inputs(
     Raises:
         WorkbenchError: no prompt can be traced, or the model cannot be.
     """
-    traced, skipped = [], 0
+    traced, skipped, begun = [], 0, time.monotonic()
     hand_built: Transformer | None = None
     for done, (lookahead, prompt) in enumerate(prompts, 1):
         if prompt.unused is None:
@@ -239,5 +243,6 @@ def trace_inputs(
         inputs=tuple(traced),
         skipped=skipped,
         ablations=ablate_operations(model, judged, seed=seed) if judged else None,
+        seconds_per_input=(time.monotonic() - begun) / len(traced),
         provenance=model.provenance,
     )

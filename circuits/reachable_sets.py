@@ -8,7 +8,7 @@ counts: its first copy must have a cause.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from circuits.attention_causes import Cause
@@ -29,7 +29,7 @@ class Merge:
     held: tuple[Mapping[int, Rows], ...]
     """Before each layer and after the last: the rows whose sets flow into the answer, and these sets."""
     operations: tuple[Operation, ...]
-    """Those whose merge was accepted and flows into the answer."""
+    """Those whose merge was accepted and flows into the answer, each with the cause that let it in, if one did."""
     explained: bool
     """The last row ends up with a path from start to goal."""
     maximal: int
@@ -135,7 +135,7 @@ class _Places:
             source = self.before[row if edge is None else edge.src]
             cause = None if edge is None else accepting_cause(edge, source, own, self.prompt)
             if edge is None or cause is not None or (accepted and not self.strict):
-                accepted.append(edge)
+                accepted.append(edge and replace(edge, causes=() if cause is None else (cause,)))
                 gathered |= source if edge is None else self._carried(source, own, cause)
         return gathered, accepted
 
