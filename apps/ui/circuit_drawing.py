@@ -315,7 +315,14 @@ def _echarts_dot(dot: Dot, named: bool) -> dict[str, Any]:
         "itemStyle": look,
         # The page's address says what is chosen, so ECharts' own selection stays unseen.
         "select": {"itemStyle": look},
-        "label": {"show": named, "color": ink, "fontSize": FONT_SIZE, "formatter": _template(dot.label)},
+        "label": {
+            "show": named,
+            "color": ink,
+            "fontSize": FONT_SIZE,
+            "lineHeight": BELOW,
+            # Braces of a name, which is what is shown without a formatter, would be places for values in one.
+            **({} if dot.label == dot.name else {"formatter": dot.label}),
+        },
         "tooltip": {"formatter": _template(html.escape(dot.name))},
     }
 

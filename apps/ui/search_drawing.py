@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 import networkx as nx
 
 from apps.ui.circuit_drawing import FAINT, Dash, Dot, Drawing, Line
-from apps.ui.search_questions import name_of, row_label, words_for
+from apps.ui.search_questions import name_of, row_label
 from circuits.attention_ops import Operation
 from circuits.reachable_sets import Merge
 from circuits.search_prompts import SearchPrompt
@@ -50,21 +50,21 @@ def answer_set(merge: Merge, prompt: SearchPrompt, layer: int) -> frozenset[int]
     return _vertices(prompt, merge.held[layer].get(len(prompt) - 1, frozenset()))
 
 
-def draw_graph(prompt: SearchPrompt, sets: Sets, *, chosen: int | None, answered: int) -> Drawing:
+def draw_graph(prompt: SearchPrompt, sets: Sets, *, chosen: int | None, answer: str) -> Drawing:
     """The graph, each vertex with its set.
 
     Args:
         prompt: with the graph.
         sets: of its vertices.
         chosen: a vertex; what is not in its set fades.
-        answered: the vertex that the model answers, to which the edge from the start is marked.
+        answer: what the model answers; the edge from the start to it is marked.
     """
     places, n_stages, n_rows = layered(sorted(prompt.graph.edges))
     shown = prompt.graph.vertices if chosen is None else sets[chosen]
     dots = [
         Dot(
             name=str(vertex),
-            label=f"{vertex}{_role(prompt, vertex)}\n{{{' '.join(map(str, sorted(sets[vertex])))}}}",
+            label=f"{vertex}{_role(prompt, vertex)}\n{listed(sets[vertex])}",
             at=(stage, TALL * row),
             lit=vertex in shown,
             chosen=vertex == chosen,
@@ -75,7 +75,7 @@ def draw_graph(prompt: SearchPrompt, sets: Sets, *, chosen: int | None, answered
         _edge(
             source,
             target,
-            marked=(source, target) == (prompt.start, answered),
+            marked=(source, str(target)) == (prompt.start, answer),
             faint=not {source, target} <= set(shown),
         )
         for source, target in sorted(prompt.graph.edges)
@@ -97,9 +97,9 @@ def draw_operations(
 
     Args:
         prompt: the traced one.
-        operations: with their causes.
+        operations: those to show, with their causes.
         merge: which of them merged sets that flow into the answer.
-        layers: of how many layers operations are shown.
+        layers: how many have run.
         chosen: the name of one; the others fade.
         removed: names of those that are undone.
     """
@@ -137,7 +137,6 @@ def draw_operations(
     moves = [
         _move(each, prompt, merged=(each.layer, each.dest, each.src) in merged, chosen=chosen, removed=removed)
         for each in operations
-        if each.layer < layers
     ]
     stages = ("embedded", *(f"after layer {layer}" for layer in range(n_layers)))
     return Drawing(
@@ -161,6 +160,11 @@ def layered(edges: Sequence[tuple[int, int]]) -> tuple[dict[int, tuple[float, fl
         row |= {vertex: (n_rows - len(stage)) / 2 + place for place, vertex in enumerate(ordered)}
     places = {vertex: (float(depth), row[vertex]) for depth, stage in enumerate(stages) for vertex in stage}
     return places, len(stages), float(n_rows)
+
+
+def listed(vertices: Collection[int]) -> str:
+    """A set as it is written on a drawing: in parentheses, since braces mean something to ECharts."""
+    return f"({' '.join(map(str, sorted(vertices)))})"
 
 
 def _vertices(prompt: SearchPrompt, rows: Collection[int]) -> frozenset[int]:
@@ -192,13 +196,13 @@ def _place_label(prompt: SearchPrompt, merge: Merge, layer: int, row: int) -> st
     if layer == 0:
         return row_label(prompt, row)
     held = merge.held[layer].get(row)
-    return "·" if held is None else f"{{{' '.join(map(str, sorted(_vertices(prompt, held))))}}}"
+    return "·" if held is None else listed(_vertices(prompt, held))
 
 
 def _move(
     operation: Operation, prompt: SearchPrompt, *, merged: bool, chosen: str | None, removed: Collection[str]
 ) -> Line:
-    name = name_of(operation)
+    name = name_of(operation, prompt)
     colour, _ = CAUSES[operation.causes[0].kind] if operation.causes else (FAINT, "")
     dash: Dash = "dotted" if name in removed else "solid" if merged else "dashed"
     said = ", ".join(map(str, operation.causes)) or "no cause found"
@@ -212,5 +216,5 @@ def _move(
         dash=dash,
         bend=0.0,
         opacity=1.0 if chosen in (None, name) else 0.25,
-        tip=f"{html.escape(words_for(operation, prompt))}<br>{html.escape(said)}",
+        tip=f"{html.escape(name)}<br>{html.escape(said)}",
     )

@@ -10,8 +10,8 @@ import streamlit as st
 from apps.ui import charts, circuit_drawing, search_questions, state
 from apps.ui.charts import NodeOrEdge
 from apps.ui.circuit_drawing import Drawing
-from apps.ui.search_drawing import CAUSES, answer_set, draw_graph, draw_operations, sets_after
-from apps.ui.search_questions import Asked, name_of, words_for
+from apps.ui.search_drawing import CAUSES, Sets, answer_set, draw_graph, draw_operations, listed, sets_after
+from apps.ui.search_questions import Asked, Choice, name_of
 from circuits.attention_ops import Operation
 from circuits.path_merging import PathTrace
 from circuits.reachable_sets import Merge
@@ -20,15 +20,18 @@ from workbench.tables import Table
 MERGES = ("strict", "published")
 
 
-def search(asked: Asked) -> None:
-    """Everything about one graph."""
-    before = search_questions.chosen_child(asked)
+def search(asked: Asked) -> list[Operation]:
+    """Everything about one graph; the operations that are removed."""
+    before = search_questions.choice(asked)
     verdict = st.container()
     trace = None
     with state.user_errors_shown():
         trace = search_questions.traced(asked)
     if trace is None:
-        return
+        with verdict:
+            _say_choice(asked, before, before)
+        _graph(asked, {vertex: frozenset({vertex}) for vertex in asked.prompt.graph.vertices}, before.answer)
+        return []
     above = st.columns([2, 1, 1], vertical_alignment="bottom")
     n_layers = len(trace.strict.held) - 1
     layers = above[0].slider("Layers that have run", 0, n_layers, n_layers, key="layers", bind="query-params")
@@ -37,87 +40,85 @@ def search(asked: Asked) -> None:
     )
     merge = trace.strict if rule == "strict" else trace.published
     removed = _removed(trace, above[2])
-    after = search_questions.chosen_child(asked, removed)
+    after = search_questions.choice(asked, removed) if removed else before
     with verdict:
-        _say_choice(asked, before, after if removed else None)
+        _say_choice(asked, before, after)
     left, right = st.columns([5, 6])
     with left:
-        _graph(asked, merge, after, layers)
+        _graph(asked, sets_after(merge, trace.prompt, layers), after.answer)
+        _say_held(trace, merge, layers)
     with right:
         chosen = _operations(trace, merge, layers, removed)
     if chosen is not None:
         _operation(asked, trace, merge, chosen, removed)
     _tables(trace)
+    return [each for each in trace.operations if name_of(each, trace.prompt) in removed]
 
 
 def _removed(trace: PathTrace, where: st.delta_generator.DeltaGenerator) -> tuple[str, ...]:
-    names = [name_of(each) for each in trace.operations]
+    names = [name_of(each, trace.prompt) for each in trace.operations]
     wanted = st.session_state.get("removed", [])
     if not set(wanted) <= set(names):
         # Of another checkpoint: there the answer hangs on other operations.
         st.session_state["removed"] = [name for name in wanted if name in names]
-    labels = {name_of(each): words_for(each, trace.prompt) for each in trace.operations}
-    return tuple(
-        where.multiselect(
-            "Removed operations",
-            names,
-            format_func=labels.__getitem__,
-            key="removed",
-            bind="query-params",
-            placeholder="none",
-        )
-    )
+    return tuple(where.multiselect("Removed operations", names, key="removed", bind="query-params", placeholder="none"))
 
 
-def _say_choice(asked: Asked, before: pd.DataFrame, after: pd.DataFrame | None) -> None:
+def _say_choice(asked: Asked, before: Choice, after: Choice) -> None:
     """What the model goes to, and how sure it is."""
-    prompt, shown = asked.prompt, before if after is None else after
-    best = shown.loc[shown["probability"].idxmax()]
+    prompt, removed = asked.prompt, after is not before
     lookahead = int(asked.task.graphs(asked.task.prompt(asked.text)).lookahead()[0])
-    said = (
+    (st.success if after.right else st.error)(
         f"From **{prompt.start}** to **{prompt.goal}** (lookahead {lookahead}), "
-        f"{'with operations removed ' if after is not None else ''}the model goes to **{best['child']}**: "
-        f"{'right' if best['right'] else 'wrong'}."
+        f"{'without the removed operations ' if removed else ''}the model goes to **{after.answer}**: "
+        f"{'right' if after.right else 'wrong'}."
     )
-    (st.success if best["right"] else st.error)(said)
-    columns = {"child": before["child"], "right": before["right"], "probability": before["probability"]}
-    if after is not None:
-        columns["with operations removed"] = after["probability"]
+    _compare(before, after, "without them")
+
+
+def _compare(before: Choice, after: Choice, name: str) -> None:
+    """Probabilities of the children, before and after something was removed."""
+    columns = {name: before.frame[name] for name in ("child", "right", "probability")}
+    if after is not before:
+        columns[name] = after.frame["probability"]
     bar = st.column_config.ProgressColumn(format="%.3f", min_value=0, max_value=1)
-    st.dataframe(
-        pd.DataFrame(columns), hide_index=True, column_config={"probability": bar, "with operations removed": bar}
-    )
+    st.dataframe(pd.DataFrame(columns), hide_index=True, column_config={"probability": bar, name: bar})
 
 
-def _graph(asked: Asked, merge: Merge, choice: pd.DataFrame, layers: int) -> None:
-    prompt = asked.prompt
-    sets = sets_after(merge, prompt, layers)
-    vertices = sorted(prompt.graph.vertices)
+def _graph(asked: Asked, sets: Sets, answer: str) -> None:
+    st.subheader("What each vertex holds")
+    vertices = sorted(sets)
     if st.session_state.get("vertex") not in vertices:
         st.session_state.pop("vertex", None)
-    st.subheader("What each vertex holds")
     chosen = st.selectbox(
         "Vertex", vertices, index=None, placeholder="click one, or choose here", key="vertex", bind="query-params"
     )
-    best = choice.loc[choice["probability"].idxmax(), "child"]
-    answered = int(best) if best.isdecimal() else -1
-    drawing = draw_graph(prompt, sets, chosen=chosen, answered=answered)
+    drawing = draw_graph(asked.prompt, sets, chosen=chosen, answer=answer)
     charts.graph(
         circuit_drawing.echarts(drawing),
         key="search_graph",
         height=drawing.height,
-        alt=f"Graph of {len(prompt.graph.edges)} edges",
+        alt=f"Graph of {len(asked.prompt.graph.edges)} edges",
         on_click=lambda kind, index: _choose_vertex(drawing, kind, index),
     )
-    held = answer_set(merge, prompt, layers)
-    st.caption(
-        f"In braces: the vertices that a vertex' rows hold {_when(layers)}. The row of the answer holds "
-        f"{{{' '.join(map(str, sorted(held)))}}}. Brown: the model's choice."
+    st.download_button(
+        "Picture (HTML)",
+        lambda: circuit_drawing.plotly(drawing, asked.text).to_html(include_plotlyjs=True),
+        "search-graph.html",
+        "text/html",
+        key="graph_picture",
+        icon=":material/download:",
+        on_click="ignore",
     )
 
 
-def _when(layers: int) -> str:
-    return "before the first layer" if layers == 0 else f"after layer {layers - 1}"
+def _say_held(trace: PathTrace, merge: Merge, layers: int) -> None:
+    when = "before the first layer" if layers == 0 else f"after layer {layers - 1}"
+    said = "explains" if merge.explained else "does not explain"
+    st.caption(
+        f"In parentheses: what a vertex' rows hold {when}, of what flows into the answer, whose own row holds "
+        f"{listed(answer_set(merge, trace.prompt, layers))}. Path merging {said} this answer. Brown: its choice."
+    )
 
 
 def _choose_vertex(drawing: Drawing, kind: NodeOrEdge, index: int) -> None:
@@ -129,20 +130,24 @@ def _choose_vertex(drawing: Drawing, kind: NodeOrEdge, index: int) -> None:
 def _operations(trace: PathTrace, merge: Merge, layers: int, removed: tuple[str, ...]) -> Operation | None:
     """The operations up to a layer, and which of them is looked at."""
     st.subheader("Operations that merge")
-    shown = [each for each in trace.operations if each.layer < layers]
-    labels = {name_of(each): words_for(each, trace.prompt) for each in shown}
-    if st.session_state.get("operation") not in labels:
+    every = st.toggle(
+        f"All {len(trace.operations)} that the answer hangs on, not only the {len(merge.operations)} that merge",
+        key="every",
+        bind="query-params",
+    )
+    shown = [each for each in (trace.operations if every else merge.operations) if each.layer < layers]
+    known = {name_of(each, trace.prompt): each for each in shown}
+    if st.session_state.get("operation") not in known:
         st.session_state.pop("operation", None)
     chosen = st.selectbox(
         "Operation",
-        list(labels),
+        list(known),
         index=None,
-        format_func=labels.__getitem__,
         placeholder="click one, or choose here",
         key="operation",
         bind="query-params",
     )
-    drawing = draw_operations(trace.prompt, trace.operations, merge, layers=layers, chosen=chosen, removed=removed)
+    drawing = draw_operations(trace.prompt, shown, merge, layers=layers, chosen=chosen, removed=removed)
     charts.graph(
         circuit_drawing.echarts(drawing),
         key="operations",
@@ -151,7 +156,7 @@ def _operations(trace: PathTrace, merge: Merge, layers: int, removed: tuple[str,
         on_click=lambda kind, index: _choose_operation(drawing, kind, index),
     )
     st.html(_legend())
-    return next((each for each in shown if name_of(each) == chosen), None)
+    return None if chosen is None else known[chosen]
 
 
 def _choose_operation(drawing: Drawing, kind: NodeOrEdge, index: int) -> None:
@@ -162,24 +167,20 @@ def _choose_operation(drawing: Drawing, kind: NodeOrEdge, index: int) -> None:
 
 def _operation(asked: Asked, trace: PathTrace, merge: Merge, chosen: Operation, removed: tuple[str, ...]) -> None:
     """Why the operation is there, and what the answer is without it."""
-    name, prompt = name_of(chosen), trace.prompt
+    name = name_of(chosen, trace.prompt)
     with st.container(border=True):
-        st.markdown(f"**{words_for(chosen, prompt).capitalize()}**")
+        does = "the first copies from the second" if chosen.sign == 1 else "it must not: copied, it leads astray"
+        st.markdown(f"**{name}**: {does}.")
         causes = "; ".join(f"{CAUSES[cause.kind][1]} ({cause})" for cause in chosen.causes)
-        merged = any(name_of(each) == name for each in merge.operations)
+        merged = chosen in merge.operations
         st.markdown(
             f"Cause: {causes or 'none found'}. "
             f"{'It merged a set that flows into the answer.' if merged else 'It merged nothing that counts.'} "
             f"Its largest effect is {chosen.strength:.3g} times the threshold."
         )
-        alone = search_questions.chosen_child(asked, (name,))
-        before = search_questions.chosen_child(asked)
-        st.dataframe(
-            pd.DataFrame(
-                {"child": before["child"], "probability": before["probability"], "without it": alone["probability"]}
-            ),
-            hide_index=True,
-        )
+        alone = search_questions.choice(asked, (name,))
+        before = search_questions.choice(asked)
+        _compare(before, alone, "without it")
         there = name in removed
         st.button("Put it back" if there else "Remove it", on_click=_toggle, args=(name,), key="toggle", type="primary")
 

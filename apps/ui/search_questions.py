@@ -18,6 +18,7 @@ from circuits.search_prompts import SearchPrompt
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator
 from workbench.tasks.graph_distributions import Distribution
+from workbench.tasks.graph_prompts import EDGE_LENGTH, TAIL
 from workbench.tasks.graph_search import EDGE, PROMPT, GraphSearch
 
 KEPT = 128
@@ -81,25 +82,33 @@ def write_text(edges: Edges, start: int, goal: int) -> str:
     return " ".join([*(f"{source}>{target}" for source, target in edges), "Q", str(start), str(goal)])
 
 
-def name_of(operation: Operation) -> str:
-    """An operation as it stands in the URL: layer, row that attends, row that is attended to."""
-    return f"{operation.layer}.{operation.dest}.{operation.src}"
-
-
-def words_for(operation: Operation, prompt: SearchPrompt) -> str:
-    """An operation as a person says it."""
-    does = "copies from" if operation.sign == 1 else "must not copy from"
-    return f"layer {operation.layer}: {row_label(prompt, operation.dest)} {does} {row_label(prompt, operation.src)}"
+def name_of(operation: Operation, prompt: SearchPrompt) -> str:
+    """An operation as it stands in lists and in the URL: its layer, the row that attends, and the one attended to."""
+    return f"L{operation.layer}: {row_label(prompt, operation.dest)} from {row_label(prompt, operation.src)}"
 
 
 def row_label(prompt: SearchPrompt, row: int) -> str:
-    """What stands at a row: `source 3 = 5`, or `answer` at the last."""
+    """What stands at a row: `3 of 3>1`, `E of 3>1`, `goal 6`; `answer` at the last."""
+    names = [prompt.layout.vocab[token] for token in prompt.tokens.tolist()]
+    token, label = names[row], prompt.layout.position_labels[int(prompt.position[row])]
+    edge = row // EDGE_LENGTH
+    if row < len(prompt) - TAIL:
+        source, target = names[EDGE_LENGTH * edge + 1 : EDGE_LENGTH * (edge + 1)]
+        return f"{token} of {source}>{target}"
     if row == len(prompt) - 1:
         return "answer"
-    position = int(prompt.position[row])
-    token = prompt.layout.vocab[int(prompt.padded[position])]
-    label = prompt.layout.position_labels[position]
-    return label if label == token else f"{label} = {token}"
+    return token if prompt.vertex(row) is None else f"{label} {token}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Choice:
+    """What the model answers."""
+
+    answer: str
+    """The most probable token."""
+    right: bool
+    frame: pd.DataFrame
+    """The probability of every child of the start, and of all else: columns child, probability, right."""
 
 
 @st.cache_resource(max_entries=KEPT, show_spinner="Tracing …")
@@ -113,24 +122,25 @@ def traced(asked: Asked) -> PathTrace:
 
 
 @st.cache_resource(max_entries=KEPT, show_spinner=False)
-def chosen_child(asked: Asked, removed: tuple[str, ...] = ()) -> pd.DataFrame:
-    """The probability of every child of the start, and of all that is no child; with some operations undone.
-
-    Columns child, probability, right; the last row is what no child gets.
+def choice(asked: Asked, removed: tuple[str, ...] = ()) -> Choice:
+    """What the model answers, with some operations undone.
 
     Raises:
         WorkbenchError: the prompt cannot be asked about.
     """
     prompt = asked.prompt
-    undone = [each for each in traced(asked).operations if name_of(each) in removed] if removed else []
+    undone = [each for each in traced(asked).operations if name_of(each, prompt) in removed] if removed else []
     share = logits_without(_model(asked), prompt, undone).softmax(0)
     children = sorted(prompt.graph.children(prompt.start))
-    rows = [
-        {"child": str(child), "probability": float(share[child]), "right": child in prompt.answers}
-        for child in children
-    ]
-    rest = max(0.0, 1 - sum(float(share[child]) for child in children))
-    return pd.DataFrame([*rows, {"child": "no child", "probability": rest, "right": False}])
+    frame = pd.DataFrame(
+        {
+            "child": [*map(str, children), "all else"],
+            "probability": [*share[children].tolist(), max(0.0, 1 - float(share[children].sum()))],
+            "right": [*(child in prompt.answers for child in children), False],
+        }
+    )
+    best = int(share.argmax())
+    return Choice(answer=asked.task.vocab[best], right=best in prompt.answers, frame=frame)
 
 
 def _model(asked: Asked) -> Transformer:

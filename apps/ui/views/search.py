@@ -5,12 +5,15 @@ The page remembers one text, the graph; all else follows from it. Results are ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import streamlit as st
 
 from apps.search_evidence import lookahead_curves
 from apps.ui import charts, search_panels, state
 from apps.ui.search_input import choose_graph, forget_other_runs
 from apps.ui.search_questions import Asked
+from circuits.attention_ops import Operation
 from workbench.figures import figure
 from workbench.runtime import WorkbenchError
 from workbench.tasks.graph_search import GraphSearch
@@ -32,8 +35,7 @@ def page() -> None:
     text = choose_graph(run.task)
     asked = Asked(reference=run.reference, step=step, sha256=run.checkpoint(step).sha256, text=text)
     with state.user_errors_shown():
-        search_panels.search(asked)
-        state.copy_as_python(python_code(asked, tuple(st.session_state.get("removed", ()))))
+        state.copy_as_python(python_code(asked, search_panels.search(asked)))
     _through_training(run, step)
 
 
@@ -43,13 +45,10 @@ def first_search() -> str | None:
     return RUN if RUN in known else next(iter(known), None)
 
 
-def python_code(asked: Asked, removed: tuple[str, ...]) -> str:
+def python_code(asked: Asked, removed: Sequence[Operation]) -> str:
     """The code that computes what the page shows."""
-    undone = (
-        "[]"
-        if not removed
-        else f"[each for each in trace.operations if (each.layer, each.dest, each.src) in {_places(removed)}]"
-    )
+    places = [(each.layer, each.dest, each.src) for each in removed]
+    undone = f"[each for each in trace.operations if (each.layer, each.dest, each.src) in {places}]"
     return f"""
 from circuits.operation_removal import logits_without
 from circuits.path_merging import trace_paths
@@ -64,13 +63,9 @@ trace = trace_paths(model, prompt)
 print(trace.summary())
 print(trace.sets)
 
-undone = {undone}
+undone = {undone if removed else []}
 print(logits_without(model, prompt, undone).softmax(0))
 """
-
-
-def _places(removed: tuple[str, ...]) -> str:
-    return "[" + ", ".join(f"({name.replace('.', ', ')})" for name in removed) + "]"
 
 
 def _searches() -> list[str]:
