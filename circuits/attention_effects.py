@@ -29,7 +29,7 @@ Measure = Callable[[Float[Tensor, "edit d_model"]], Float[Tensor, " edit"]]
 """A number of the last row of the residual stream after the last layer."""
 NO_OP = 1e-6
 """An edit by less than this is none."""
-CHUNK = 2**20
+CHUNK = 2**18
 """Numbers of one residual stream that are held at once."""
 
 
