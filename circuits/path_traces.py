@@ -97,7 +97,7 @@ class PathTraces:
         n = len(self.inputs)
         counted = f"n = {n} inputs, {self.skipped} skipped for want of an unused vertex name"
         axes = {"x": "lookahead", "series": "variant"}
-        by_lookahead = self.frame[self.frame["lookahead"].notna()]
+        by_lookahead = self.frame.dropna(subset=["lookahead"])
         shares = [
             Table(
                 name=name,
