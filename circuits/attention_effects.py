@@ -29,7 +29,7 @@ Measure = Callable[[Float[Tensor, "edit d_model"]], Float[Tensor, " edit"]]
 """A number of the last row of the residual stream after the last layer."""
 NO_OP = 1e-6
 """An edit by less than this is none."""
-CHUNK = 2**20
+CHUNK = 2**18
 """Numbers of one residual stream that are held at once."""
 
 
@@ -70,7 +70,8 @@ class CleanPass:
         rows = prompt.position
         allowed = model.allowed(prompt.padded[None])[0][rows][:, rows]
         embedded, placed = model.write_inputs(prompt.padded[None])
-        resid, read, pattern = [(embedded + placed)[0, rows]], {"q": [], "k": [], "v": []}, []
+        resid, pattern = [(embedded + placed)[0, rows]], []
+        read: dict[Slot, list[Tensor]] = {"q": [], "k": [], "v": []}
         for step in range(config.n_steps):
             for slot, found in read.items():
                 found.append(read_slot(model, step, slot, resid[-1]))
@@ -124,18 +125,14 @@ def edit_effects(clean: CleanPass, step: int, measure: Measure) -> Effects:
         live[:, :-1] = False
     dest, src = live.nonzero()[:, 1:].unbind(1)
     n_rows, width = clean.resid[0].shape
-    parts = [
-        _outcome(clean, step, *edits, measure)
-        for edits in zip(
-            *(each.split(max(1, CHUNK // (n_rows * width))) for each in (dest, src, change[live])), strict=True
-        )
-    ]
+    size = max(1, CHUNK // (n_rows * width))
+    chunks = zip(dest.split(size), src.split(size), change[live].split(size), strict=True)
+    parts = [_outcome(clean, step, *chunk, measure=measure) for chunk in chunks]
     unedited = (measure(clean.resid[-1][-1:])[0], clean.read_scores, clean.read_scores)
     found = []
     for kind, start in enumerate(unedited):
         whole = start.expand(*live.shape, *start.shape).clone()
-        if parts:
-            whole[live] = torch.cat([part[kind] for part in parts])
+        whole[live] = torch.cat([part[kind] for part in parts])
         found.append(whole)
     return Effects(measure=found[0], key_score=found[1], query_score=found[2])
 
@@ -146,6 +143,7 @@ def _outcome(
     dest: Int[Tensor, " edit"],
     src: Int[Tensor, " edit"],
     change: Float[Tensor, " edit"],
+    *,
     measure: Measure,
 ) -> tuple[Float[Tensor, " edit"], Float[Tensor, "edit row"], Float[Tensor, "edit row"]]:
     """Measure and scores of the last row after edits of one layer, each by itself."""

@@ -1,12 +1,12 @@
 """Whether the explained operations are what the answer is computed by: they are kept alone, and they are removed.
 
-An entry of an attention pattern is ablated by its mean over the prompts in which neither of its rows is padding. Kept
-entries are computed again in the pass, after what was ablated before them.
+An entry of an attention pattern is ablated by zero, or by its mean over the prompts in which neither of its rows is
+padding. Kept entries are computed again in the pass, after what was ablated before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,17 +27,12 @@ Mask = Bool[Tensor, "batch dest src"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ablations:
-    """Accuracy with some operations ablated, each by its mean over prompts."""
+    """Accuracy with some attention entries ablated."""
 
     full: Estimate
-    kept: Estimate
-    """All but the explained operations ablated."""
-    removed: Estimate
-    """The explained operations ablated."""
-    removed_random: Estimate
-    """As many others ablated, into the same rows of the same layers."""
-    nothing_kept: Estimate
-    """Everything ablated."""
+    accuracy: Mapping[tuple[str, str], Estimate]
+    """By ablation (`zero`, `mean`) and condition: `kept`, all but the explained operations ablated; `removed`, these
+    alone; `removed_random`, as many others into the same rows of the same layers; `nothing_kept`, every entry."""
     chance: float
     """Mean share of the start's children that are right."""
     n: int
@@ -46,9 +41,12 @@ class Ablations:
     """Explained operations of a prompt, on average."""
 
     def rows(self) -> list[dict[str, object]]:
-        """One row a condition."""
-        conditions = ("full", "kept", "removed", "removed_random", "nothing_kept")
-        return [{"condition": name, **columns_of("accuracy", getattr(self, name)), "n": self.n} for name in conditions]
+        """One row an ablation and condition."""
+        found = {("none", "full"): self.full, **self.accuracy}
+        return [
+            {"ablation": ablation, "condition": condition, **columns_of("accuracy", estimate), "n": self.n}
+            for (ablation, condition), estimate in found.items()
+        ]
 
 
 def ablate_operations(model: Transformer, traces: Sequence[PathTrace], *, seed: int) -> Ablations:
@@ -69,7 +67,6 @@ def ablate_operations(model: Transformer, traces: Sequence[PathTrace], *, seed: 
     both = real[:, :, None] & real[:, None]
     sites = [Site(kind=SiteKind.pattern, layer=layer) for layer in range(model.config.n_steps)]
     clean = run(model, tokens, record=sites)
-    means = {site: _mean(clean[site][:, 0], both) for site in sites}
     explained = {site: torch.zeros_like(both) for site in sites}
     others = {site: torch.zeros_like(both) for site in sites}
     draw = generator(seed, "ablated operations")
@@ -80,16 +77,23 @@ def ablate_operations(model: Transformer, traces: Sequence[PathTrace], *, seed: 
         for operation in _beside(trace, draw):
             others[sites[operation.layer]][row, position[operation.dest], position[operation.src]] = True
 
-    def accuracy(ablated: Callable[[Site], Mask]) -> Estimate:
-        logits = _ablated_logits(model, tokens, {site: ablated(site) for site in sites}, means)
-        return share_of(_right(logits, traces))
-
+    conditions = {
+        "kept": {site: both & ~explained[site] for site in sites},
+        "removed": explained,
+        "removed_random": others,
+        "nothing_kept": dict.fromkeys(sites, both),
+    }
+    values = {
+        "zero": {site: torch.zeros(both.shape[1:]) for site in sites},
+        "mean": {site: _mean(clean[site][:, 0], both) for site in sites},
+    }
     return Ablations(
         full=share_of(_right(clean.logits[:, -1], traces)),
-        kept=accuracy(lambda site: both & ~explained[site]),
-        removed=accuracy(lambda site: explained[site]),
-        removed_random=accuracy(lambda site: others[site]),
-        nothing_kept=accuracy(lambda site: both),
+        accuracy={
+            (ablation, condition): share_of(_right(_ablated_logits(model, tokens, masks, value), traces))
+            for ablation, value in values.items()
+            for condition, masks in conditions.items()
+        },
         chance=sum(_chance(trace) for trace in traces) / len(traces),
         n=len(traces),
         operations=sum(len(trace.strict.operations) for trace in traces) / len(traces),
@@ -100,13 +104,13 @@ def _ablated_logits(
     model: Transformer,
     tokens: Tensor,
     masks: Mapping[Site, Mask],
-    means: Mapping[Site, Float[Tensor, "dest src"]],
+    values: Mapping[Site, Float[Tensor, "dest src"]],
 ) -> Float[Tensor, "batch vocab"]:
     met: list[Site] = []
 
     def edit(site: Site, pattern: Tensor) -> Tensor:
         met.append(site)
-        return torch.where(masks[site][:, None], means[site], pattern)
+        return torch.where(masks[site][:, None], values[site], pattern)
 
     with torch.no_grad():
         logits = model.forward(tokens, {site: partial(edit, site) for site in masks})

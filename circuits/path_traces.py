@@ -72,7 +72,7 @@ class PathTraces:
         causal = None
         if self.ablations is not None:
             causal = {"conditions": self.ablations.rows(), "chance": self.ablations.chance}
-            causal |= {"operations": self.ablations.operations, "ablation": "mean over prompts"}
+            causal |= {"operations": self.ablations.operations}
         return {
             "explained": by_lookahead("explained"),
             "explained_strict": by_lookahead("explained_strict"),
@@ -97,7 +97,7 @@ class PathTraces:
         n = len(self.inputs)
         counted = f"n = {n} inputs, {self.skipped} skipped for want of an unused vertex name"
         axes = {"x": "lookahead", "series": "variant"}
-        by_lookahead = self.frame[self.frame["lookahead"].notna()]
+        by_lookahead = self.frame.dropna(subset=["lookahead"])
         shares = [
             Table(
                 name=name,
@@ -192,11 +192,15 @@ class PathTraces:
                 name="ablated_operations",
                 frame=pd.DataFrame(self.ablations.rows()),
                 kind="bar",
-                axes={"x": "condition", "y": "accuracy", "low": "accuracy_low", "high": "accuracy_high"},
+                axes={
+                    **{"x": "condition", "y": "accuracy", "series": "ablation"},
+                    **{"low": "accuracy_low", "high": "accuracy_high"},
+                },
                 unit="accuracy",
                 caption=(
-                    "Accuracy with attention entries at their mean over prompts: all but the explained operations "
-                    f"(kept), the explained ones, as many others into the same rows, all. n = {self.ablations.n}, "
+                    "Accuracy with attention entries at zero or at their mean over prompts: all but the explained "
+                    "operations (kept), the explained ones (removed), as many others into the same rows, or all. "
+                    f"n = {self.ablations.n}, "
                     f"{self.ablations.operations:.1f} explained operations each, chance {self.ablations.chance:.2f}; "
                     "95 % score intervals."
                 ),

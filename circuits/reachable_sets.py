@@ -97,8 +97,7 @@ def accepting_cause(operation: Operation, source: Rows, own: Rows, prompt: Searc
         prompt: whose graph says which of the two vertices reaches the other.
     """
     at, to = prompt.vertex(operation.src), prompt.vertex(operation.dest)
-    both = at is not None and to is not None and at != to
-    ahead, behind = both and prompt.graph.reaches(to, at), both and prompt.graph.reaches(at, to)
+    ahead, behind = _leads(prompt, to, at), _leads(prompt, at, to)
     tokens = prompt.tokens
     last, goal, start = len(prompt) - 1, len(prompt) + GOAL, len(prompt) + START
     for cause in operation.causes:
@@ -113,6 +112,13 @@ def accepting_cause(operation: Operation, source: Rows, own: Rows, prompt: Searc
         if accepted[cause.kind]:
             return cause
     return None
+
+
+def _leads(prompt: SearchPrompt, source: int | None, target: int | None) -> bool:
+    """Whether one vertex reaches another one; what is no vertex reaches nothing."""
+    if source is None or target is None or source == target:
+        return False
+    return prompt.graph.reaches(source, target)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

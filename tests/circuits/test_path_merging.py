@@ -120,7 +120,6 @@ def test_an_operation_without_a_cause_is_merged_by_the_published_rule_alone(fork
     assert not any(each.layer == 1 for each in strict.operations)
 
 
-@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(
     ("operation", "accepted"),
     [
@@ -139,7 +138,7 @@ def test_an_operation_without_a_cause_is_merged_by_the_published_rule_alone(fork
         (op(0, 1, 2), False),
     ],
 )
-def test_causes_that_let_a_set_in(fork, operation, accepted, strict):
+def test_causes_that_let_a_set_in(fork, operation, accepted):
     to_answer = (
         [] if operation.dest == 16 else [op(1, 16, operation.dest, at("token", int(fork.tokens[operation.dest])))]
     )
