@@ -277,6 +277,20 @@ def test_gpt2s_weights_are_small_and_what_writes_smaller() -> None:
     torch.testing.assert_close(model.weights[1].mlp.W_out, plain.weights[1].mlp.W_out * 0.02 * 8 / 2)
 
 
+def test_a_linear_layers_weights_are_uniform_and_so_are_its_biases() -> None:
+    config = replace(SMALL, d_model=64, d_mlp=256, biases=BIASES, normalization="LN", init="uniform")
+    model = Transformer(config, generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        if last.startswith("W_") or (last.startswith("b_") and last != "b_U"):
+            assert float(parameter.detach().abs().max()) <= 1 / 8, name
+        if last.startswith("W_"):
+            assert float(parameter.detach().std()) == pytest.approx(1 / 8 / 3**0.5, rel=0.15), name
+    assert model.weights[1].mlp.b_in.detach().std() > 0.05
+    assert not model.unembed.b_U.any()
+    assert not model.final_norm.b.any()
+
+
 def test_one_hot_embeddings_are_fixed_and_stand_side_by_side() -> None:
     config = replace(SMALL, embedding="one_hot", d_model=14, tied=True, d_vocab_out=7)
     model = Transformer(config, generator=torch.Generator().manual_seed(0))
@@ -368,7 +382,7 @@ def test_a_wrong_config_says_what_is_wrong(changes: Mapping[str, Any], message: 
     [
         ("activation", "selu", "Unknown activation 'selu'. Known: relu, gelu, gelu_new."),
         ("normalization", "RMS", "Unknown normalization 'RMS'. Known: LN, None."),
-        ("init", "zeros", "Unknown init 'zeros'. Known: fan_in, gpt2."),
+        ("init", "zeros", "Unknown init 'zeros'. Known: fan_in, gpt2, uniform."),
         ("embedding", "sine", "Unknown embedding 'sine'. Known: learned, one_hot."),
         ("biases", ("mlp", "embed"), r"Unknown biases \['embed'\]. Known: attn, mlp, unembed."),
     ],
