@@ -156,7 +156,7 @@ def check_question(graphs: Graphs) -> None:
     place = np.arange(len(children))
     if cyclic := np.flatnonzero(below >> place & 1).tolist():
         raise WorkbenchError(
-            f"This graph has a cycle through {_listed(cyclic)}; search is over graphs without cycles. Leave out an edge."
+            f"This graph has a cycle through {_listed(cyclic)}; graphs here have none. Leave out an edge."
         )
     both_ways = children | collect(members(children, len(children)).T)
     together = descendants(both_ways[None])[0, start] | 1 << start

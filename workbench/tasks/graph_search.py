@@ -1,4 +1,4 @@
-"""Search in a directed graph: which child of the start leads to the goal? (Saparov et al. 2025)
+"""Search in a directed graph: which child of the start leads to the goal (Saparov et al. 2025)?
 
 Training never repeats a prompt: its examples are drawn as they are needed. What is held out for the tests is a tenth of
 all graphs, told apart by a random number for each graph with its names, start and goal: the order of edges does not
@@ -6,7 +6,6 @@ matter to it.
 """
 
 from __future__ import annotations
-
 
 import re
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ from workbench.tasks.graph_prompts import TAIL, Layout, check_question
 from workbench.tasks.graphs import (
     MOST_VERTICES,
     Graphs,
-    ancestors,
     bit,
     choose_member,
     descendants,
@@ -126,10 +124,11 @@ class GraphSearch:
         """Edges by number, then the tail."""
         return self.layout.position_labels
 
-    def stream(self, n: int, *, seed: int | torch.Generator) -> Batch:
-        """`n` fresh training examples, none of a graph that is held out."""
+    def stream(self, n: int, *, seed: int | torch.Generator, level: int | None = None) -> Batch:
+        """`n` fresh training examples, none of a graph that is held out; a level is the largest lookahead."""
         rng = numpy_generator(seed, "stream")
         most = self.lookaheads[-1] if self.lookahead is None else self.lookahead
+        most = most if level is None else min(most, level)
         wanted = rng.integers(0, most + 1, n)
         return self._draw(rng, self.distribution, wanted, most=most, test=False)
 
@@ -181,8 +180,8 @@ class GraphSearch:
         """The prompt of one graph of a person's own, its edges in the order given.
 
         Raises:
-            WorkbenchError: too many edges, an edge twice, a vertex without a name, a cycle, a graph in several parts, or
-                a goal that cannot be reached from the start.
+            WorkbenchError: too many edges, one of them twice, a vertex without a name, a cycle, a graph in several
+                parts, or a goal that cannot be reached from the start.
         """
         tokens = self.layout.write_one(edges, start, goal)[None]
         graphs = self.layout.read(tokens)
@@ -235,7 +234,10 @@ class GraphSearch:
             graphs = DISTRIBUTIONS[distribution](rng, wanted[pending], layout.n_edges)
             useful = graphs.useful()
             fits = (graphs.n_edges <= layout.n_edges) & (useful != 0)
-            fits &= (np.bitwise_count(useful) == 1) | (not test)
+            if test:
+                fits &= np.bitwise_count(useful) == 1
+            if test and distribution != "balanced":
+                fits &= (graphs.first != useful) & (graphs.first & bit(graphs.goal) == 0)
             rows = np.flatnonzero(fits)
             found = graphs.select(rows).lookahead()
             exact = distribution == "balanced" and (test or self.mode == "strict")
