@@ -47,6 +47,7 @@ FEWEST_PROMPTS = 20
 """Distances that fewer prompts of the test part have are left out."""
 RIDGE = 1.0
 """Penalty of a probe on features of variance 1, beside sums over all rows."""
+AFTER, EMBEDDED = "after layer", "none"
 NEVER = 0
 """Stands for no path, where else a distance is."""
 LEFT_OUT = -1
@@ -121,7 +122,7 @@ class ReachabilityMap:
                 frame=self._curves(direction),
                 kind="curve",
                 axes={
-                    "x": "site",
+                    "x": AFTER,
                     "y": "auroc",
                     "series": "distance",
                     "low": "auroc_low",
@@ -138,8 +139,10 @@ class ReachabilityMap:
         return [*curves, whole]
 
     def _curves(self, direction: Direction) -> pd.DataFrame:
-        frame = self.frame[self.frame["direction"] == direction]
-        return frame.assign(distance=frame["distance"].astype(str)).drop(columns="direction")
+        frame = self.frame[self.frame["direction"] == direction].drop(columns="direction")
+        sites = {site: EMBEDDED if site.endswith("resid_pre") else site[1 : site.index(".")] for site in frame["site"]}
+        edges = frame["distance"].map(lambda distance: f"{distance} edge{'s' if distance > 1 else ''} away")
+        return frame.assign(**{AFTER: frame["site"].map(sites), "distance": edges})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -11,27 +11,25 @@ import streamlit as st
 from apps.ui import search_questions, state
 from workbench.tasks.graph_distributions import Distribution
 from workbench.tasks.graph_search import GraphSearch
+from workbench.training.checkpoints import Run
 
-OF_ONE_GRAPH = ("graph", "vertex", "operation", "removed")
-"""What is remembered of a graph, and means nothing in another run."""
 ROW = 36
 """Pixels of a row of the table of edges."""
 
 
-def forget_other_runs(reference: str) -> None:
-    """Drop what was remembered of a graph of another run, whose vertices may not be in this one's vocabulary."""
-    if st.session_state.get("searched", reference) != reference:
-        _forget()
-    st.session_state["searched"] = reference
+def forget_other_runs(run: Run, task: GraphSearch) -> None:
+    """Begin anew where another run was looked at before: its vertices may not be in this one's vocabulary."""
+    known = "graph" in st.session_state or "graph" in st.query_params
+    if not known or st.session_state.get("searched", run.reference) != run.reference:
+        _show(search_questions.example(task, "balanced", task.lookaheads[-1], 0))
+    st.session_state["searched"] = run.reference
 
 
 def choose_graph(task: GraphSearch) -> str:
     """The graph as a text, which a table of edges and two selectors change too."""
     left, right = st.columns([5, 2], vertical_alignment="bottom")
-    first = search_questions.example(task, "balanced", task.lookaheads[-1], 0)
     text = left.text_input(
         "Graph",
-        first,
         key="graph",
         bind="query-params",
         help=f"Edges, then Q, start and goal. Up to {task.layout.n_edges} edges; vertices 1 to {task.layout.n_names}.",
@@ -54,7 +52,7 @@ def _offer_random(task: GraphSearch) -> None:
         count = st.session_state.get("draws", 0) + 1
         st.session_state["draws"] = count
         with state.user_errors_shown():
-            _replace_text(search_questions.example(task, distribution, lookahead, count))
+            _show(search_questions.example(task, distribution, lookahead, count))
 
     st.button("Draw", on_click=draw, width="stretch", type="primary", key="draw_graph")
     st.caption("One of the test graphs, which training never sees.")
@@ -67,7 +65,7 @@ def _editor(text: str, edges: list[tuple[int, int]], ends: tuple[int, int]) -> N
     def edit() -> None:
         edited = edited_edges(edges, st.session_state[key])
         if edited is not None:
-            _replace_text(search_questions.write_text(edited, *ends))
+            _show(search_questions.write_text(edited, *ends))
 
     frame = pd.DataFrame(edges, columns=["source", "target"])
     with wide:
@@ -79,7 +77,7 @@ def _editor(text: str, edges: list[tuple[int, int]], ends: tuple[int, int]) -> N
     def move(end: int) -> None:
         moved = list(ends)
         moved[end] = st.session_state[f"end of {text} {end}"]
-        _replace_text(search_questions.write_text(edges, *moved))
+        _show(search_questions.write_text(edges, *moved))
 
     for end, name in enumerate(("Start", "Goal")):
         narrow.selectbox(
@@ -105,12 +103,6 @@ def edited_edges(edges: list[tuple[int, int]], edits: Mapping[str, Any]) -> list
     return [(int(row["source"]), int(row["target"])) for row in whole]
 
 
-def _replace_text(text: str) -> None:
-    """Another graph: what was looked at in the one before is gone."""
-    _forget()
-    st.session_state["graph"] = text
-
-
-def _forget() -> None:
-    for key in OF_ONE_GRAPH:
-        st.session_state.pop(key, None)
+def _show(text: str) -> None:
+    """Another graph: nothing of it is looked at yet."""
+    st.session_state.update(graph=text, vertex=None, operation=None, removed=[])

@@ -31,7 +31,7 @@ def page() -> None:
         return
     with st.sidebar:
         step = state.choose_step(run)
-    forget_other_runs(run.reference)
+    forget_other_runs(run, run.task)
     text = choose_graph(run.task)
     asked = Asked(reference=run.reference, step=step, sha256=run.checkpoint(step).sha256, text=text)
     with state.user_errors_shown():
