@@ -170,7 +170,7 @@ def _trace_claims(evidence: SearchEvidence) -> Iterator[Claim]:
 def _explained(
     traces: PathTraces, variant: str, statement: str, bound: float, *, most: bool = False
 ) -> Iterator[Claim]:
-    row = traces.share(variant)
+    row: Mapping[str, Any] | None = traces.share(variant)
     if row is not None:
         yield _bounded(statement, _estimate(row, "explained_strict"), bound, row["n"], most=most)
 

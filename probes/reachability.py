@@ -139,10 +139,18 @@ class ReachabilityMap:
         return [*curves, whole]
 
     def _curves(self, direction: Direction) -> pd.DataFrame:
-        frame = self.frame[self.frame["direction"] == direction].drop(columns="direction")
-        sites = {site: EMBEDDED if site.endswith("resid_pre") else site[1 : site.index(".")] for site in frame["site"]}
-        edges = frame["distance"].map(lambda distance: f"{distance} edge{'s' if distance > 1 else ''} away")
-        return frame.assign(**{AFTER: frame["site"].map(sites), "distance": edges})
+        rows = [
+            {
+                AFTER: EMBEDDED if each.site.kind is SiteKind.resid_pre else str(each.site.layer),
+                "side": each.side,
+                "distance": f"{each.distance} edge{'s' if each.distance > 1 else ''} away",
+                **columns_of("auroc", each.auroc),
+                "n": each.n,
+            }
+            for each in self.known
+            if each.direction == direction
+        ]
+        return pd.DataFrame(rows, columns=[AFTER, "side", "distance", "auroc", "auroc_low", "auroc_high", "n"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -275,12 +283,14 @@ def _rows(task: GraphSearch, batch: Batch, side: Side, seed: int) -> _Rows:
     vertex = tokens[prompt, position]
     to = all_distances(task, batch)
     own = torch.arange(to.shape[1]) == vertex[:, None]
-    distance = {
+    distance: dict[Direction, Tensor] = {
         "forward": to[prompt, vertex].masked_fill(own, LEFT_OUT),
         "backward": to[prompt, :, vertex].masked_fill(own, LEFT_OUT),
     }
     which = tokens[prompt, edge + 1] * to.shape[1] + tokens[prompt, edge + 2]
-    control = {name: _drawn(found, which, generator(seed, "control", side, name)) for name, found in distance.items()}
+    control: dict[Direction, Tensor] = {}
+    for name, found in distance.items():
+        control[name] = _drawn(found, which, generator(seed, "control", side, name))
     return _Rows(prompt=prompt, position=position, distance=distance, control=control)
 
 

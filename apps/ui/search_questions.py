@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,9 +19,10 @@ from circuits.search_prompts import SearchPrompt
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator
 from workbench.tasks.graph_distributions import Distribution
-from workbench.tasks.graph_prompts import EDGE_LENGTH, TAIL
-from workbench.tasks.graph_search import EDGE, PROMPT, GraphSearch
+from workbench.tasks.graph_prompts import EDGE_LENGTH
+from workbench.tasks.graph_search import GraphSearch
 
+EDGE, ENDS = re.compile(r"(\d+)\s*>\s*(\d+)"), re.compile(r"Q\s*(\d+)\s+(\d+)")
 KEPT = 128
 """Results of each kind that are kept in memory."""
 Edges = Sequence[tuple[int, int]]
@@ -71,10 +73,10 @@ def example(task: GraphSearch, distribution: Distribution, lookahead: int, seed:
 
 def read_text(text: str) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
     """Edges, start and goal of a typed graph, whether or not it can be asked about; no edges where it is no graph."""
-    match = PROMPT.fullmatch(text)
-    if match is None:
+    edges, ends = EDGE.findall(text), ENDS.search(text)
+    if not edges or ends is None:
         return [], None
-    return [(int(a), int(b)) for a, b in EDGE.findall(match[1])], (int(match[2]), int(match[3]))
+    return [(int(source), int(target)) for source, target in edges], (int(ends[1]), int(ends[2]))
 
 
 def write_text(edges: Edges, start: int, goal: int) -> str:
@@ -92,7 +94,7 @@ def row_label(prompt: SearchPrompt, row: int) -> str:
     names = [prompt.layout.vocab[token] for token in prompt.tokens.tolist()]
     token, label = names[row], prompt.layout.position_labels[int(prompt.position[row])]
     edge = row // EDGE_LENGTH
-    if row < len(prompt) - TAIL:
+    if edge < len(prompt.graph.edges):
         source, target = names[EDGE_LENGTH * edge + 1 : EDGE_LENGTH * (edge + 1)]
         return f"{token} of {source}>{target}"
     if row == len(prompt) - 1:

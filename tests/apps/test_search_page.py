@@ -127,6 +127,7 @@ def test_texts_are_read_as_they_are_written() -> None:
     edges, ends = search_questions.read_text(GRAPH)
     assert edges == [(1, 2), (2, 3), (1, 4), (4, 5), (3, 6)]
     assert ends == (1, 3)
+    assert ends is not None
     assert search_questions.write_text(edges, *ends) == GRAPH
     assert search_questions.read_text("a cycle is read: 1>1") == ([], None)
     assert search_questions.read_text("1>2 2>1 Q 1 2") == ([(1, 2), (2, 1)], (1, 2))
