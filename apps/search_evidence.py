@@ -18,7 +18,6 @@ from circuits.path_controls import MODEL
 from circuits.path_traces import JUDGED, PathTraces
 from probes.reachability import Direction, ReachabilityMap, reachability
 from workbench.instrument.passes import run as run_model
-from workbench.instrument.sites import SiteKind
 from workbench.intervals import Estimate, columns_of, share_of
 from workbench.metrics import is_right
 from workbench.models.transformer import Transformer
@@ -36,7 +35,6 @@ TRACED = 10
 SOLVED = 0.99
 EXPLAINED, HAND_BUILT, CONTROL = 0.8, 0.98, 0.1
 KEPT, NEAR_CHANCE = 0.8, 0.1
-DECODED, BLIND = 0.9, 0.6
 MUST_FAIL = {
     "untrained": "the model before training, with as many operations",
     "random_operations": "random operations",
@@ -189,18 +187,32 @@ def _causal_claims(traces: PathTraces) -> Iterator[Claim]:
 
 
 def _probe_claims(evidence: SearchEvidence) -> Iterator[Claim]:
-    """That vertices two edges away are known after some layer, and before the first are not."""
-    if evidence.reached is None:
-        return
+    """That after some layer more is known of what is two edges away than the untrained model's rows tell."""
+    known = () if evidence.reached is None else evidence.reached.known
     for direction in get_args(Direction):
-        known = [each for each in evidence.reached.known if (each.direction, each.distance) == (direction, 2)]
-        before = [each for each in known if each.site.kind is SiteKind.resid_pre]
-        if before:
-            best = max(known, key=lambda each: each.auroc.mean)
-            says = f"AUROC, {direction}, of what is two edges away"
-            yield _bounded(f"{says}, best at the {best.side} after {best.site}", best.auroc, DECODED, best.n)
-            first = max(before, key=lambda each: each.auroc.mean)
-            yield _bounded(f"{says}, before the first layer", first.auroc, BLIND, first.n, most=True)
+        leads = {
+            (each.site, each.side): (_lead(each.auroc, each.untrained), each.n)
+            for each in known
+            if (each.direction, each.distance) == (direction, 2) and each.untrained is not None
+        }
+        if leads:
+            site, side = max(leads, key=lambda place: leads[place][0].mean)
+            lead, n = leads[site, side]
+            yield Claim(
+                statement=f"lead over the untrained model of the AUROC, {direction}, two edges away, at its best: "
+                f"{site}, {side} rows",
+                wanted="> 0, intervals apart",
+                found=lead.mean,
+                holds=lead.low > 0,
+                interval=lead,
+                n=n,
+            )
+
+
+def _lead(trained: Estimate, untrained: Estimate) -> Estimate:
+    return Estimate(
+        mean=trained.mean - untrained.mean, low=trained.low - untrained.high, high=trained.high - untrained.low
+    )
 
 
 def _bounded(statement: str, found: Estimate, bound: float, n: int, *, most: bool = False) -> Claim:

@@ -7,10 +7,11 @@ distance 1 the edge itself speaks, of more only a model that has searched.
 
 The measure is the AUROC within a row: the share of its (reachable at this distance, unreachable) pairs of vertices
 that the scores order rightly. Only vertices that the graph has take part, and never `u` itself. Names are random, so
-that a row which holds what is near, and no more, orders all that is farther by chance: neither which vertices the graph
-has nor how high up in it the row's vertex is helps. Beside it stand the same probe on an untrained model, and a control
-task (Hewitt & Liang 2019, section 2): every edge and vertex have a distance of their own, drawn at random from the true
-distances and the same in all prompts, which says what a probe can learn by heart.
+that a row which holds what is near, and no more, orders all that is farther by chance. A row that counts how often each
+vertex is named does better without any search: the start is named often, and reaches much. So the line to beat is the
+same probe on an untrained model, whose rows are such counts. Beside it stands a control task (Hewitt & Liang 2019,
+section 2): every edge and vertex have a distance of their own, drawn at random from the true distances and the same in
+all prompts, which says what a probe can learn by heart.
 
 No graph is in both parts, whatever its start, its goal and the order of its edges.
 """
