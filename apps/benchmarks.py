@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from apps.bench import REPEATS, Benchmark, BenchmarkResult, Run, measure
 from circuits.acdc import acdc
+from circuits.attention_effects import CleanPass, score
+from circuits.attention_ops import EditedPass
 from circuits.attribution import POINTS, eap, eap_ig
 from circuits.components import everything, inputs_of, run_parts, weighted
 from circuits.curve import MIB_SHARES
@@ -24,11 +26,14 @@ from circuits.experiment import Experiment, experiment
 from circuits.graph import CircuitGraph, circuit_graph
 from circuits.memoised import circuit_values
 from circuits.patching import patch_each
+from circuits.search_prompts import SearchPrompt
+from workbench.instrument.sites import Site, SiteKind
 from workbench.models.bridges import to_bridge
 from workbench.models.config import ModelConfig
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator, nearest
 from workbench.tasks.base import Batch
+from workbench.tasks.graph_prompts import Layout
 
 PAIRS = 64
 
@@ -267,6 +272,71 @@ def _evaluated_alone(plan: Experiment, graph: CircuitGraph, keep: Tensor) -> Ten
     return _one_circuit(plan, keep)
 
 
+def _attention_effects(name: str, config: ModelConfig) -> Benchmark:
+    return Benchmark(
+        name=name,
+        compares="What zeroing and raising each entry of every attention pattern of one search prompt does.",
+        peer="one forward pass an edit",
+        prepare=partial(_prepare_attention_effects, config),
+        agreement=_largest_difference,
+        tolerance=1e-4,
+        target=20.0,
+        gate=20.0,
+        conditions={name: value for name, value in _shape(config).items() if name not in ("shared_positions", "pairs")},
+    )
+
+
+def _prepare_attention_effects(config: ModelConfig) -> tuple[Run, Run]:
+    layout = Layout(size=config.n_ctx, spare=1)
+    chain = [(vertex, vertex + 1) for vertex in range(1, layout.n_edges + 1)]
+    prompt = SearchPrompt.read(torch.from_numpy(layout.write_one(chain, 1, layout.n_names)), layout)
+    clean = CleanPass.of(_random_model(config), prompt)
+
+    def ours() -> Tensor:
+        effects = EditedPass.of(clean, "margin").effects
+        return torch.stack([_flat(each.measure, each.key_score, each.query_score) for each in effects])
+
+    return (lambda: _plain_attention_effects(clean)), ours
+
+
+def _plain_attention_effects(clean: CleanPass) -> Tensor:
+    """The loop over edits: each is made in a pass of its own, which keeps the last layer's queries and keys."""
+    model, last = clean.model, clean.last
+    best, rival = clean.logits.topk(2).indices.tolist()
+    kept: dict[str, Tensor] = {}
+    watched = {Site(kind=SiteKind[slot], layer=last): partial(kept.setdefault, slot) for slot in ("q", "k")}
+    layers = []
+    for layer, pattern in enumerate(clean.pattern):
+        raised, found = pattern.amax(0).expand_as(pattern), []
+        for value, dest, src in _each_entry(torch.stack([torch.zeros_like(pattern), raised])):
+            kept.clear()
+            edit = {Site(kind=SiteKind.pattern, layer=layer): partial(_set_entry, dest, src, value)}
+            with torch.no_grad():
+                logits = model.forward(clean.prompt.padded[None], {**watched, **edit})[0, -1]
+            q, k = (kept[slot][0, :, 0] for slot in ("q", "k"))
+            scores = (score(clean.q[last][-1:], k)[0], score(q[-1:], clean.k[last])[0])
+            found.append((logits[best] - logits[rival], *scores))
+        layers.append(_flat(*(torch.stack(kind) for kind in zip(*found, strict=True))))
+    return torch.stack(layers)
+
+
+def _each_entry(values: Tensor) -> Iterator[tuple[float, int, int]]:
+    for edited in values.tolist():
+        for dest, row in enumerate(edited):
+            for src, value in enumerate(row):
+                yield value, dest, src
+
+
+def _set_entry(dest: int, src: int, value: float, pattern: Tensor) -> Tensor:
+    pattern = pattern.clone()
+    pattern[0, 0, dest, src] = value
+    return pattern
+
+
+def _flat(*tensors: Tensor) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
 def _random_model(config: ModelConfig) -> Transformer:
     return Transformer(config, generator=generator(0, "benchmark", "weights")).eval()
 
@@ -292,6 +362,10 @@ FOUR_LAYERS = ModelConfig(
     n_layers=4, d_model=64, n_heads=4, d_head=16, d_mlp=256, n_ctx=10, d_vocab=100, d_vocab_out=100,
     normalization="LN", activation="gelu", biases=("attn", "mlp", "unembed"),
 )  # fmt: skip
+SEARCH = ModelConfig(
+    n_layers=4, d_model=63, n_heads=1, d_head=63, d_mlp=63, n_ctx=32, d_vocab=15, d_vocab_out=15, normalization="LN",
+    embedding="one_hot", tied=True, biases=("attn", "mlp"), causal=False, pad_token=13,
+)  # fmt: skip
 BENCHMARKS: Mapping[str, Callable[[], Benchmark]] = {
     "patch-toy-1": partial(_toy_patching, 1, 12.1),
     "patch-toy-32": partial(_toy_patching, 32, 4.5),
@@ -300,5 +374,6 @@ BENCHMARKS: Mapping[str, Callable[[], Benchmark]] = {
     "eap-ig-4-layers": partial(_eap_ig, "eap-ig-4-layers", FOUR_LAYERS),
     "acdc": partial(_acdc, "acdc", FOUR_LAYERS, shares=(0.03, 0.1, 0.3)),
     "curve": partial(_curve, "curve", FOUR_LAYERS),
+    "attention-effects": partial(_attention_effects, "attention-effects", SEARCH),
 }
 """What can be measured, by name."""

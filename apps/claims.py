@@ -43,7 +43,8 @@ def claims_tables(found: Sequence[Claim]) -> tuple[Table, ...]:
     findings = [claim for claim in found if not claim.free]
     checks = [claim for claim in found if claim.free]
     caption = (
-        "What one expects of a network that has grokked, and what this run shows. An empty cell was never reached."
+        "What one expects of a network that has learnt an algorithm, and what this run shows. An empty cell "
+        "was never reached."
     )
     tables = [_table("claims", findings, caption)]
     if checks:

@@ -145,6 +145,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(reason)
     reason.add_argument("--n", type=int, default=300, help="prompts of each split to average over")
 
+    trace = add("trace", "whether a search run merges paths: inputs explained, controls, causal test")
+    _add_run(trace)
+    trace.add_argument("--inputs", type=int, default=25, help="test inputs of each lookahead")
+    trace.add_argument("--lookahead", type=int, help="one lookahead (default: each)")
+    trace.add_argument("--seed", type=int, default=0, help="of the controls")
+
     card = add("scorecard", "circuit finders against models whose circuit is known")
     card.add_argument("--methods", help="comma-separated (default: all)")
     card.add_argument("--circuits", help="comma-separated names of known circuits (default: all)")

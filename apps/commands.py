@@ -48,6 +48,7 @@ def recipes(options: argparse.Namespace) -> Printout:
 def train(options: argparse.Namespace) -> Printout:
     """Train a recipe, or go on with a run."""
     from apps.analyses import measure
+    from apps.searching import by_lookahead
     from workbench.training.loop import train as train_recipe
 
     with stopwatch() as clock:
@@ -64,6 +65,7 @@ def train(options: argparse.Namespace) -> Printout:
         **clock,
         **{f"{split}_loss": last[f"{split}_loss"] for split in ("train", "test")},
         **accuracies(run),
+        **by_lookahead(run),
         "step_memorised": run.log.step_memorised,
         "step_generalised": run.log.step_generalised,
         **{name: run.status[name] for name in ("reason", "threads", "repeatable")},
@@ -225,6 +227,25 @@ def reason(options: argparse.Namespace) -> Printout:
     # As text the last checkpoint's rows: those of all are for programs.
     last = [row for row in printout.content["rows"] if row["step"] in (None, run.checkpoint().step)]
     return replace(printout, text=as_lines(scalars(printout.content)) + "\n\n" + as_columns(last, tuple(last[0])))
+
+
+def trace(options: argparse.Namespace) -> Printout:
+    """Path merging in a search run, at one checkpoint or all."""
+    from apps.tracing import COLUMNS, printed_rows, traces_of
+
+    arguments = {name: getattr(options, name) for name in ("inputs", "lookahead", "seed")}
+    with share_bar(f"trace {options.run}") as on_progress:
+        printout = _analyse(options, "path_traces", partial(traces_of, on_progress=on_progress), arguments)
+    if options.checkpoint == "all":
+        return printout
+    content = printout.content
+    parts = [as_columns(printed_rows(content), COLUMNS)]
+    if content["causal"]:
+        conditions = content["causal"]["conditions"]
+        parts.append(as_columns(conditions, tuple(conditions[0])))
+        parts.append(as_lines({name: value for name, value in content["causal"].items() if name != "conditions"}))
+    last = {name: content[name] for name in ("step", "skipped", "seconds_per_input", "seconds")}
+    return replace(printout, text="\n\n".join([*parts, as_lines(last)]))
 
 
 def scorecard(options: argparse.Namespace) -> Printout:

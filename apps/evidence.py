@@ -2,8 +2,8 @@
 
 `gather` runs the standard analyses once. One that does not apply (Fourier analysis of imported pairs, say) or that the
 run refuses (no headroom) is left out with its reason. `claims` then holds what was found against what the literature
-leads one to expect of a grokked network; what fails is reported like what holds. A run on composition or comparison has
-evidence and claims of its own, in `apps.reasoner_evidence`.
+leads one to expect of a grokked network; what fails is reported like what holds. Runs on composition, comparison and
+graph search have evidence and claims of their own, in `apps.reasoner_evidence` and `apps.search_evidence`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from apps.claims import Claim, at_least, at_most
 from apps.probe_sections import ProbeEvidence, gather_probes
 from apps.reasoner_evidence import ReasonerEvidence, gather_reasoner, reasoner_claims
 from apps.reasoner_rows import Reasoner
+from apps.search_evidence import SearchEvidence, gather_search, search_claims
 from circuits.clusters import ClusterShares
 from circuits.faithfulness import Evaluation
 from circuits.moments import CircuitHistory
@@ -39,6 +40,7 @@ from probes.fourier import FourierResult
 from probes.logit_lens import Trajectory
 from probes.progress import ProgressMeasures
 from workbench.runtime import WorkbenchError
+from workbench.tasks.graph_search import GraphSearch
 from workbench.training.checkpoints import MEASURES, Run
 
 Found = TypeVar("Found")
@@ -81,6 +83,8 @@ class Evidence:
     """What a run on composition or comparison has formed; None of another run."""
     probing: ProbeEvidence | None
     """Probes of the latents, and the tuned lens."""
+    search: SearchEvidence | None
+    """What a run on graph search does and holds; None of another run."""
     left_out: Mapping[str, str]
     """Why an analysis is not there, by its name."""
 
@@ -97,9 +101,12 @@ def gather(run: Run) -> Evidence:
             return None
 
     split, n = pairs_to_look_at(run)
-    is_reasoner = isinstance(run.task, Reasoner)
-    final = None if is_reasoner else attempt("Fourier analysis", lambda: fourier_of(run))
-    circuit = attempt("circuit", lambda: circuit_of(run, n=n, split=split))
+    is_reasoner, is_search = isinstance(run.task, Reasoner), isinstance(run.task, GraphSearch)
+    final = None if is_reasoner or is_search else attempt("Fourier analysis", lambda: fourier_of(run))
+    # The circuit of a search is one of positions, which its trace is.
+    circuit = None if is_search else attempt("circuit", lambda: circuit_of(run, n=n, split=split))
+    search = gather_search(run) if is_search else None
+    left_out |= {} if search is None else search.left_out
     return Evidence(
         run=run,
         final=final,
@@ -121,6 +128,7 @@ def gather(run: Run) -> Evidence:
         else attempt("circuit through training", lambda: _history(run, circuit, n, split)),
         reasoner=attempt("measures of reasoning", lambda: gather_reasoner(run)) if is_reasoner else None,
         probing=attempt("probes of the latents", lambda: gather_probes(run, split=split)),
+        search=search,
         left_out=left_out,
     )
 
@@ -165,6 +173,8 @@ def claims(evidence: Evidence) -> tuple[Claim, ...]:
     """The expected findings that the evidence can speak to."""
     if evidence.reasoner is not None:
         return reasoner_claims(evidence.reasoner)
+    if evidence.search is not None:
+        return search_claims(evidence.search)
     return (*_training_claims(evidence.run), *_fourier_claims(evidence), *_progress_claims(evidence))
 
 

@@ -164,6 +164,28 @@ REFERENCES = {
             archiveprefix="arXiv",
         ),
         _reference(
+            "saparov2025transformers",
+            "inproceedings",
+            author="Saparov, Abulhair and Pawar, Srushti and Pimpalgaonkar, Shreyas and Joshi, Nitish and "
+            "Pang, Richard Yuanzhe and Padmakumar, Vishakh and Kazemi, Seyed Mehran and Kim, Najoung and He, He",
+            title="Transformers Struggle to Learn to Search",
+            booktitle="International Conference on Learning Representations",
+            year="2025",
+            eprint="2412.04703",
+            archiveprefix="arXiv",
+        ),
+        _reference(
+            "hewitt2019designing",
+            "inproceedings",
+            author="Hewitt, John and Liang, Percy",
+            title="Designing and Interpreting Probes with Control Tasks",
+            booktitle="Proceedings of the 2019 Conference on Empirical Methods in Natural Language Processing",
+            year="2019",
+            pages="2733--2743",
+            eprint="1909.03368",
+            archiveprefix="arXiv",
+        ),
+        _reference(
             "varma2023explaining",
             "misc",
             author="Varma, Vikrant and Shah, Rohin and Kenton, Zachary and Kramár, János and Kumar, Ramana",

@@ -1,7 +1,7 @@
 """The sections of a report, from the summary to the last analysis.
 
 A section is text and tables; how it looks on the page is not its business. What only a run on composition or comparison
-has is in `apps.reasoner_sections`.
+has is in `apps.reasoner_sections`, what only a run on graph search has in `apps.search_sections`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from apps.claims import Claim, claims_tables
 from apps.evidence import Evidence, claims
 from apps.probe_sections import probe_sections
 from apps.reasoner_sections import WANG, reasoner_sections
+from apps.search_sections import SAPAROV, search_sections
 from apps.sections import Section
 from apps.shipped_card import shipped_card
 from apps.training_section import training_section
@@ -34,6 +35,7 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
         _summary(evidence),
         training_section(evidence.run),
         *(() if evidence.reasoner is None else reasoner_sections(evidence.reasoner)),
+        *(() if evidence.search is None else search_sections(evidence.search)),
         _progress(evidence),
         _fourier(evidence),
         _controls(evidence),
@@ -58,10 +60,13 @@ def _summary(evidence: Evidence) -> Section:
     if evidence.final is not None:
         keys = ", ".join(map(str, evidence.final.key_frequencies)) or "none"
         paragraphs.append(f"Key frequencies of the final checkpoint: {keys}.")
+    searches = evidence.search is not None
     if held:
-        paragraphs.append(f"Of {len(held)} findings that one expects of a grokked network, {_verdict(held)}")
+        network = "network that searches by merging paths" if searches else "grokked network"
+        paragraphs.append(f"Of {len(held)} findings that one expects of a {network}, {_verdict(held)}")
     paragraphs += [f"Left out: {name}. {reason}" for name, reason in evidence.left_out.items()]
     literature = ("power2022grokking", "nanda2023progress" if evidence.reasoner is None else WANG)
+    literature = (SAPAROV,) if searches else literature
     return Section(
         title="Summary",
         text="\n\n".join(paragraphs),

@@ -40,6 +40,11 @@ class Answers(Protocol):
         """Where to look."""
         ...
 
+    @property
+    def right(self) -> Bool[Tensor, "batch vocab"] | None:
+        """All tokens that are right where read, if there are more than the targets."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
@@ -101,6 +106,13 @@ class Metric:
         return values
 
 
+def is_right(predicted: Int[Tensor, " reads"], batch: Answers) -> Bool[Tensor, " reads"]:
+    """Whether each predicted token is right: the target, or any of the right ones where a batch names several."""
+    if batch.right is None:
+        return predicted == batch.targets[batch.read]
+    return batch.right[batch.read.nonzero()[:, 0], predicted]
+
+
 def mean_over_reads(values: Float[Tensor, " reads"], read: Bool[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
     """Average of the values that belong to each example."""
     example = read.nonzero()[:, 0]
@@ -133,8 +145,8 @@ def _loss(logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: 
     return -_picked(logits.log_softmax(1), answer)
 
 
-def _accuracy(logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: Tensor | None) -> Tensor:
-    return (logits.argmax(1) == answer).to(logits.dtype)
+def _accuracy(logits: Tensor, batch: Answers, reference: Tensor | None) -> Tensor:
+    return mean_over_reads(is_right(logits.argmax(1), batch).to(logits.dtype), batch.read)
 
 
 def _kl(logits: Tensor, answer: Tensor, distractor: Tensor | None, reference: Tensor | None) -> Tensor:
@@ -194,7 +206,7 @@ METRICS = {
             name="accuracy",
             unit="fraction",
             higher="the answer is the top token more often",
-            values=_AtReads(_accuracy),
+            values=_accuracy,
         ),
         Metric(
             name="kl",

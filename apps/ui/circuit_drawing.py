@@ -40,6 +40,8 @@ SLOTS_SHOWN = 40
 AROUND = Margins(left=12, top=14, right=12, bottom=34)
 ROW, LOWEST, HIGHEST = 46, 260, 900
 """Pixels of a row of nodes, and the least and most of the drawing."""
+BELOW = 16
+"""Pixels of each further line of a label."""
 BEND, SPREAD = 0.22, 0.16
 """How far an edge bends that passes over other nodes, and how far the three slots of a head lie apart."""
 WIDEST = 6.0
@@ -51,6 +53,8 @@ class Dot:
     """A node as it is drawn."""
 
     name: str
+    label: str
+    """What is written on it."""
     at: Point
     """Stage, and row from the top."""
     lit: bool
@@ -83,6 +87,10 @@ class Drawing:
     dots: tuple[Dot, ...]
     lines: tuple[Line, ...]
     """The last lie on top."""
+    named: bool
+    """Whether nodes are boxes with their labels; else dots."""
+    arrows: bool = False
+    """Whether edges point at what they lead to."""
 
     @property
     def height(self) -> int:
@@ -114,14 +122,14 @@ def draw(circuit: Circuit, *, chosen: str | None = None, compared: Comparison | 
     ends = {end for line in lines if line.name in in_it for end in (line.source, line.target)}
     crowded = len(places) > ALL_DRAWN
     dots = [
-        Dot(name=name, at=at, lit=name in ends, chosen=name == chosen)
+        Dot(name=name, label=name, at=at, lit=name in ends, chosen=name == chosen)
         for name, at in places.items()
         if not crowded or name in ends or name == chosen
     ]
     standing = {dot.name for dot in dots}
     drawn = [line for line in lines if {line.source, line.target} <= standing]
     drawn.sort(key=lambda line: (line.opacity, line.width))
-    return Drawing(stages=stages, rows=rows, dots=tuple(dots), lines=tuple(drawn))
+    return Drawing(stages=stages, rows=rows, dots=tuple(dots), lines=tuple(drawn), named=len(stages) <= NAMED_STAGES)
 
 
 def reader_of(graph: CircuitGraph, edge: Edge) -> str:
@@ -143,7 +151,7 @@ def nodes_of(graph: CircuitGraph) -> dict[str, Node]:
 
 def echarts(drawing: Drawing) -> dict[str, Any]:
     """The drawing for ECharts; nodes and edges have the drawing's order."""
-    named = len(drawing.stages) <= NAMED_STAGES
+    named = drawing.named
     labelled = named and sum(line.opacity == 1 for line in drawing.lines) <= SLOTS_SHOWN
     return {
         "animation": False,
@@ -171,6 +179,7 @@ def echarts(drawing: Drawing) -> dict[str, Any]:
                 "layout": "none",
                 "data": [_echarts_dot(dot, named) for dot in drawing.dots],
                 "links": [_echarts_line(line, labelled) for line in drawing.lines],
+                "edgeSymbol": ["none", "arrow" if drawing.arrows else "none"],
                 "selectedMode": "single",
                 "emphasis": {"focus": "none", "lineStyle": {"width": WIDEST + 1}},
             }
@@ -201,7 +210,7 @@ def plotly(drawing: Drawing, caption: str) -> go.Figure:
         go.Scatter(
             x=[dot.at[0] for dot in drawing.dots],
             y=[dot.at[1] for dot in drawing.dots],
-            text=[html.escape(dot.name) for dot in drawing.dots],
+            text=[html.escape(dot.label).replace("\n", "<br>") for dot in drawing.dots],
             mode="markers+text",
             textposition="top center",
             marker={"color": lit, "size": 10},
@@ -223,7 +232,7 @@ def legend(drawing: Drawing, compared: Comparison | None, names: Mapping[Status,
         keys = [(*look, f"{names[status]}: {compared.count(status)}") for status, look in STATUS_LOOKS.items()]
     if any(line.colour == FAINT for line in drawing.lines):
         keys.append((FAINT, "solid", "not kept"))
-    return " ".join(_legend_key(*key) for key in keys)
+    return " ".join(legend_key(*key) for key in keys)
 
 
 def _layout(graph: CircuitGraph) -> tuple[dict[str, Point], tuple[str, ...], float]:
@@ -296,8 +305,9 @@ def _bend(start: Point, end: Point, slot: str | None) -> float:
 def _echarts_dot(dot: Dot, named: bool) -> dict[str, Any]:
     ink = INK if dot.lit else FAINT
     look = {"color": "#ffffff" if named else ink, "borderColor": ink, "borderWidth": 3 if dot.chosen else 1}
-    wide = max(40, round(len(dot.name) * LETTER) + 14)
-    shape = {"symbol": "roundRect", "symbolSize": [wide, 26]} if named else {"symbol": "circle", "symbolSize": 11}
+    lines = dot.label.split("\n")
+    box = [max(40, round(max(map(len, lines)) * LETTER) + 14), 26 + BELOW * (len(lines) - 1)]
+    shape = {"symbol": "roundRect", "symbolSize": box} if named else {"symbol": "circle", "symbolSize": 11}
     return {
         "name": dot.name,
         "value": list(dot.at),
@@ -305,7 +315,14 @@ def _echarts_dot(dot: Dot, named: bool) -> dict[str, Any]:
         "itemStyle": look,
         # The page's address says what is chosen, so ECharts' own selection stays unseen.
         "select": {"itemStyle": look},
-        "label": {"show": named, "color": ink, "fontSize": FONT_SIZE},
+        "label": {
+            "show": named,
+            "color": ink,
+            "fontSize": FONT_SIZE,
+            "lineHeight": BELOW,
+            # Braces of a name, which is what is shown without a formatter, would be places for values in one.
+            **({} if dot.label == dot.name else {"formatter": dot.label}),
+        },
         "tooltip": {"formatter": _template(html.escape(dot.name))},
     }
 
@@ -351,7 +368,8 @@ def _curve(start: Point, end: Point, bend: float) -> list[Point]:
     ]
 
 
-def _legend_key(colour: str, dash: Dash, text: str) -> str:
+def legend_key(colour: str, dash: Dash, text: str) -> str:
+    """One line's look and what it means, as HTML."""
     return (
         f'<span style="white-space: nowrap; margin-right: 1.2em"><span style="display: inline-block; width: 2.4em; '
         f'border-top: 3px {dash} {colour}; vertical-align: middle; margin-right: 0.4em"></span>'

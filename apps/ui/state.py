@@ -41,9 +41,13 @@ def references() -> list[str]:
     return [*gallery, *reversed(run_names())]
 
 
-def choose_run() -> Run:
-    """The run chosen in the sidebar, which `?run=` in the URL names; without any run the page ends here."""
-    known = references()
+def choose_run(first: str | None = None) -> Run:
+    """The run chosen in the sidebar, which `?run=` in the URL names; without any run the page ends here.
+
+    Args:
+        first: the run that is shown as long as none was chosen; None is the first of all.
+    """
+    known = sorted(references(), key=lambda reference: reference != first)
     if not known:
         missing("There are no runs yet. Train one on the page Train, or with `workbench train modular-smoke`.")
         st.stop()

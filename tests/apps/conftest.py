@@ -19,9 +19,11 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sy
 from apps.analyses import measure
 from apps.ui import server as serving
 from workbench.models.config import ModelConfig
+from workbench.models.planted_search import path_doubling
 from workbench.models.transformer import Transformer
 from workbench.runtime import generator
 from workbench.store import new_run, write_json
+from workbench.tasks.graph_search import GraphSearch
 from workbench.tasks.pairs import Pairs
 from workbench.training.checkpoints import save_checkpoint
 from workbench.training.loop import train
@@ -97,6 +99,25 @@ def reasoners_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reasoners")
     for name, (recipe, settings) in REASONERS.items():
         measure(train(find_recipe(recipe).override(settings), new_run(name, folder)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def searches_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder with a short training on graph search (`searching`) and a model that was wired to do it
+    (`doubling`), which came untrained to its wires at step 0."""
+    folder = tmp_path_factory.mktemp("searches")
+    small = find_recipe("search-smoke").override(["steps=40", "evaluate_every=10", "test_size=60", "batch_size=64"])
+    train(small, new_run("searching", folder))
+    task = small.task
+    assert isinstance(task, GraphSearch)
+    model = path_doubling(task.layout)
+    recipe = Recipe(name="doubling", task=task, model=model.config, train=None, shows="Merges paths by its wires.")
+    run = new_run("doubling", folder)
+    write_json(run.path / "recipe.json", recipe.to_json())
+    untrained = Transformer(model.config, generator=generator(0, "weights"))
+    for step, weights in enumerate((untrained, model)):
+        save_checkpoint(run, step, weights.state_dict(), ["wired"], dtype=torch.float32)
     return folder
 
 

@@ -182,6 +182,15 @@ def test_a_curve_that_finds_something_else_is_caught(monkeypatch: pytest.MonkeyP
     assert not measure(_curve("toy", TOY), repeats=1, round_seconds=0).agrees
 
 
+def test_attention_effects_agree_with_one_pass_an_edit_on_a_toy_shape() -> None:
+    shape = {"n_layers": 2, "n_ctx": 8, "d_vocab": 7, "d_vocab_out": 7, "d_model": 16, "d_head": 16, "pad_token": 5}
+    toy = replace(benchmarks.SEARCH, **shape)
+    result = measure(benchmarks._attention_effects("toy", toy), repeats=1, round_seconds=0)
+    assert result.agrees
+    assert result.ratio > 0
+    assert "pairs" not in result.conditions
+
+
 def test_every_benchmark_is_named_as_it_is_registered() -> None:
     for name, make in BENCHMARKS.items():
         benchmark = make()

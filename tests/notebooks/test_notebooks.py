@@ -27,13 +27,20 @@ def reasoners(tmp_path_factory):
     return chains, train(recipe.override(["steps=20", "schedule=[0,1,0,1]"]), new_run("looped", runs))
 
 
+@pytest.fixture(scope="module")
+def search(tmp_path_factory):
+    settings = ["steps=40", "evaluate_every=20", "test_size=60", "batch_size=64"]
+    return train(find_recipe("search-smoke").override(settings), new_run("search", tmp_path_factory.mktemp("searches")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_from_top_to_bottom(path, smoke_run, reasoners, monkeypatch):
+def test_notebook_runs_from_top_to_bottom(path, smoke_run, reasoners, search, monkeypatch):
     chains, looped = reasoners
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_RUN", str(smoke_run.folder.path))
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_REASONER", str(chains.folder.path))
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_LOOPED", str(looped.folder.path))
+    monkeypatch.setenv("WORKBENCH_NOTEBOOK_SEARCH", str(search.folder.path))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -39,6 +39,9 @@ class ModelConfig:
     normalization: Literal["LN"] | None = None
     """LayerNorm before attention, MLP and unembedding, or none anywhere."""
     activation: Literal["relu", "gelu", "gelu_new"] = "relu"
+    embedding: Literal["learned", "one_hot"] = "learned"
+    """Whether embeddings are learned, or fixed: a one-hot token in the stream's first d_vocab dimensions, a one-hot
+    position in its last n_ctx, and zeros between them (Saparov et al. 2025, section 3)."""
     tied: bool = False
     """Unembed with the embedding's transpose."""
     biases: tuple[Bias, ...] = ("mlp",)
@@ -48,9 +51,10 @@ class ModelConfig:
     """Token whose positions no other position attends to."""
     schedule: tuple[int, ...] | None = None
     """Block to run at each step; None runs each block once, in order."""
-    init: Literal["fan_in", "gpt2"] = "fan_in"
-    """How matrices are drawn: from N(0, 1/d_model) (Nanda et al. 2023, appendix A), or as GPT-2's from N(0, 0.02²),
-    those that write to the residual stream divided by √(2 · n_layers) (Radford et al. 2019, section 2.3)."""
+    init: Literal["fan_in", "gpt2", "uniform"] = "fan_in"
+    """How matrices are drawn: from N(0, 1/d_model) (Nanda et al. 2023, appendix A); as GPT-2's from N(0, 0.02²), those
+    that write to the residual stream divided by √(2 · n_layers) (Radford et al. 2019, section 2.3); or, with the biases
+    of attention and MLP, evenly between ±1/√d_model, as PyTorch draws a linear layer of that width."""
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "d_head", "n_ctx", "d_vocab", "d_vocab_out"):
@@ -62,8 +66,15 @@ class ModelConfig:
             raise WorkbenchError(f"Unknown activation {self.activation!r}. Known: {', '.join(ACTIVATIONS)}.")
         if self.normalization not in ("LN", None):
             raise WorkbenchError(f"Unknown normalization {self.normalization!r}. Known: LN, None.")
-        if self.init not in ("fan_in", "gpt2"):
-            raise WorkbenchError(f"Unknown init {self.init!r}. Known: fan_in, gpt2.")
+        if self.init not in ("fan_in", "gpt2", "uniform"):
+            raise WorkbenchError(f"Unknown init {self.init!r}. Known: fan_in, gpt2, uniform.")
+        if self.embedding not in ("learned", "one_hot"):
+            raise WorkbenchError(f"Unknown embedding {self.embedding!r}. Known: learned, one_hot.")
+        if self.embedding == "one_hot" and self.d_model < self.d_vocab + self.n_ctx:
+            raise WorkbenchError(
+                f"One-hot embeddings of {self.d_vocab} tokens and {self.n_ctx} positions need d_model of at least "
+                f"{self.d_vocab + self.n_ctx}, got {self.d_model}."
+            )
         if unknown := set(self.biases) - set(BIASES):
             raise WorkbenchError(f"Unknown biases {sorted(unknown)}. Known: {', '.join(BIASES)}.")
         if self.d_vocab_out > self.d_vocab or (self.tied and self.d_vocab_out != self.d_vocab):

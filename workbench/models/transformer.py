@@ -129,6 +129,13 @@ class Block(nn.Module):
         return (attn.W_Q, attn.W_K, attn.W_V, attn.W_O, *(() if mlp is None else (mlp.W_in, mlp.W_out)))
 
     @property
+    def biases(self) -> tuple[nn.Parameter, ...]:
+        """The biases of attention and MLP, where there are any."""
+        attn, mlp = self.attn, self.mlp
+        biases = (attn.b_Q, attn.b_K, attn.b_V, attn.b_O, *(() if mlp is None else (mlp.b_in, mlp.b_out)))
+        return tuple(bias for bias in biases if bias is not None)
+
+    @property
     def writers(self) -> tuple[nn.Parameter, ...]:
         """The matrices that write to the residual stream."""
         return (self.attn.W_O, *(() if self.mlp is None else (self.mlp.W_out,)))
@@ -227,17 +234,28 @@ class Step(nn.Module):
 class Embed(nn.Module):
     """Token embedding."""
 
+    W_E: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.W_E = nn.Parameter(torch.empty(config.d_vocab, config.d_model))
+        if config.embedding == "one_hot":
+            self.register_buffer("W_E", torch.eye(config.d_vocab, config.d_model))
+        else:
+            self.W_E = nn.Parameter(torch.empty(config.d_vocab, config.d_model))
 
 
 class PosEmbed(nn.Module):
-    """Learned absolute positions."""
+    """Absolute positions."""
+
+    W_pos: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.W_pos = nn.Parameter(torch.empty(config.n_ctx, config.d_model))
+        if config.embedding == "one_hot":
+            before = torch.zeros(config.n_ctx, config.d_model - config.n_ctx)
+            self.register_buffer("W_pos", torch.cat([before, torch.eye(config.n_ctx)], 1))
+        else:
+            self.W_pos = nn.Parameter(torch.empty(config.n_ctx, config.d_model))
 
 
 class Unembed(nn.Module):
@@ -268,22 +286,30 @@ class Transformer(nn.Module):
         self.ln_final = NormPlaces()
         self.final_norm = LayerNorm(config.d_model) if config.normalization else None
         self.unembed = Unembed(config)
+        self._draw_weights(generator)
+
+    def _draw_weights(self, generator: torch.Generator | None) -> None:
+        init, bound = self.config.init, self.config.d_model**-0.5
+        blocks = [cast(Block, block) for block in self.weights]
+        if init == "uniform":
+            biases = [bias for block in blocks for bias in block.biases]
+            for parameter in (*self.matrices, *biases):
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+            return
         for matrix in self.matrices:
-            std = GPT2_STD if config.init == "gpt2" else config.d_model**-0.5
-            nn.init.normal_(matrix, std=std, generator=generator)
-        if config.init == "gpt2":
+            nn.init.normal_(matrix, std=GPT2_STD if init == "gpt2" else bound, generator=generator)
+        if init == "gpt2":
             # As many branches write to the residual stream as there are layers of attention and MLP.
             with torch.no_grad():
-                for block in self.weights:
-                    for writer in cast(Block, block).writers:
-                        writer.div_((2 * config.n_layers) ** 0.5)
+                for writer in (writer for block in blocks for writer in block.writers):
+                    writer.div_((2 * self.config.n_layers) ** 0.5)
 
     @property
     def matrices(self) -> tuple[nn.Parameter, ...]:
-        """The parameters that multiply, embeddings among them; the others are biases, and scales of LayerNorms."""
+        """The parameters that multiply, learned embeddings among them; the others are biases and LayerNorms' scales."""
         return (
-            self.embed.W_E,
-            self.pos_embed.W_pos,
+            *self.embed.parameters(),
+            *self.pos_embed.parameters(),
             *self.block_matrices,
             *(() if self.unembed.W_U is None else (self.unembed.W_U,)),
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workbench.runtime import WorkbenchError, generator, nearest
 
-TENSORS = ("tokens", "targets", "read", "corrupt", "distractor")
+TENSORS = ("tokens", "targets", "read", "right", "corrupt", "distractor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,6 +46,8 @@ class Batch:
     """The right next token, valid where `read`."""
     read: Bool[Tensor, "batch pos"]
     """Where the loss and the metrics look."""
+    right: Bool[Tensor, "batch vocab"] | None = None
+    """All tokens that are right where the prompt is read, of which the target is one; None where it is the only one."""
     latents: Mapping[str, Latent] = field(default_factory=dict)
     corrupt: Int[Tensor, "batch pos"] | None = None
     """The same prompts with one thing changed."""
@@ -218,6 +220,15 @@ class Task(Protocol):
 
     def to_json(self) -> dict[str, object]:
         """The fields that rebuild this task."""
+        ...
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A task whose training never repeats: a step's examples are drawn when it comes."""
+
+    def stream(self, n: int, *, seed: int | torch.Generator, level: int | None = None) -> Batch:
+        """`n` fresh training examples, the same ones for the same seed; no harder than the level, if one is given."""
         ...
 
 

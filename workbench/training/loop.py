@@ -25,18 +25,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workbench.metrics import is_right
 from workbench.models.config import ModelConfig
 from workbench.models.fast import ReadPlan, read_logits
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator, thread_count
 from workbench.store import RunFolder, load_tensors, save_tensors, write_json, writing
-from workbench.tasks.base import Batch
+from workbench.tasks.base import Batch, Streamed
 from workbench.training.acceleration import LOSSES, Loss, amplify_slow, orthogonal_to
 from workbench.training.checkpoints import METRICS, STATUS, Run, add_reason, list_checkpoints, save_checkpoint
 from workbench.training.curves import TrainLog
 from workbench.training.dropout import Masks, as_edits, draw_masks
 from workbench.training.optimisers import optimisers_of
 from workbench.training.recipe import Recipe, TrainConfig
+from workbench.training.streaming import NEXT_BATCH, ExampleStream
 
 STATE_SECONDS = 5.0
 STATES_KEPT = 2
@@ -140,6 +142,8 @@ class Trainer:
         }
         self.own_rows = self._dealt(self.train_split) if config.batch_size is None else None
         self.batch_generator = generator(config.batch_seed, "batches")
+        stream = isinstance(recipe.task, Streamed)
+        self.stream = ExampleStream(recipe.task, config, accelerator.device) if stream else None
 
     def start(self) -> None:
         """Begin a new run."""
@@ -284,8 +288,11 @@ class Trainer:
         if self.own_rows is not None:
             return self.own_rows, int(self.train_split.read.sum())
         assert self.config.batch_size is not None
-        rows = torch.randint(len(self.train_split), (self.config.batch_size,), generator=self.batch_generator)
-        batch = self.train_split.select(rows.to(self.train_split.tokens.device))
+        if self.stream is not None:
+            batch = self.stream.batch(self.position.step, self.position.rows)
+        else:
+            rows = torch.randint(len(self.train_split), (self.config.batch_size,), generator=self.batch_generator)
+            batch = self.train_split.select(rows.to(self.train_split.tokens.device))
         return self._dealt(batch), int(batch.read.sum())
 
     def _draw_masks(self, own: Dataset) -> Masks:
@@ -321,6 +328,10 @@ class Trainer:
         with torch.no_grad():
             for name, parts in self.splits.items():
                 row |= _losses(self.model, name, parts)
+            if self.stream is not None and self.config.curriculum is not None:
+                coming = self.stream.batch(self.position.step, self.position.rows)
+                row |= {"level": self.stream.level(self.position.rows)}
+                row |= _losses(self.model, NEXT_BATCH, [Dataset.of(self.recipe.model, coming)])
             row["sum_squared_weights"] = sum(float(p.double().square().sum()) for p in self.model.parameters())
         row["seconds"] = round(self.position.seconds, 3)
         self.position.rows.append(row)
@@ -379,7 +390,7 @@ def _losses(model: Transformer, split: str, parts: list[Dataset]) -> dict[str, f
     for part in parts:
         logits = read_logits(model, part.plan).double()
         loss += float(functional.cross_entropy(logits, part.answers, reduction="sum"))
-        correct += float((logits.argmax(1) == part.answers).sum())
+        correct += float(is_right(logits.argmax(1), part.batch).sum())
         reads += len(part.answers)
     return {f"{split}_loss": loss / reads, f"{split}_accuracy": correct / reads}
 

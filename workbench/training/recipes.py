@@ -15,6 +15,7 @@ from workbench.runtime import WorkbenchError, nearest
 from workbench.tasks.modular import Modular
 from workbench.training.reasoner_recipes import REASONERS
 from workbench.training.recipe import Recipe, TrainConfig, import_file
+from workbench.training.search_recipes import SEARCHES
 
 
 def modular_smoke() -> Recipe:
@@ -60,6 +61,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "modular": modular,
     "modular-paper": modular_paper,
     **REASONERS,
+    **SEARCHES,
 }
 
 

@@ -1,0 +1,75 @@
+"""Path merging in a run on graph search: which inputs are traced, and what is printed of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from circuits.path_traces import JUDGED, PathTraces, trace_inputs
+from circuits.search_prompts import SearchPrompt
+from workbench.runtime import WorkbenchError
+from workbench.tasks.graph_search import GraphSearch
+from workbench.training.checkpoints import Run
+
+COLUMNS = ("variant", "lookahead", "n", "explained", "low", "high", "explained_strict", "strict_low", "strict_high")
+
+
+def traces_of(
+    run: Run,
+    step: int | None = None,
+    *,
+    inputs: int,
+    lookahead: int | None,
+    seed: int = 0,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> PathTraces:
+    """Path merging on the first test inputs of one lookahead or of each, at one checkpoint.
+
+    Args:
+        run: on graph search.
+        step: checkpoint; None is the last.
+        inputs: how many of each lookahead.
+        lookahead: None is every one that fits the prompts.
+        seed: of the controls.
+        on_progress: told the share that is done.
+
+    Raises:
+        WorkbenchError: the run learnt something else, or a lookahead or number of inputs that there is not.
+    """
+    task = run.task
+    if not isinstance(task, GraphSearch):
+        raise WorkbenchError(
+            f"Path merging is traced in runs on graph search; {run.reference!r} learnt {task.name!r}. Train one: "
+            "`workbench train search`."
+        )
+    if lookahead is not None and lookahead not in task.lookaheads:
+        raise WorkbenchError(
+            f"Prompts of size {task.size} have lookaheads 0 to {task.lookaheads[-1]}, got {lookahead}. Choose one."
+        )
+    if not 1 <= inputs <= task.test_size:
+        raise WorkbenchError(f"Each lookahead has 1 to {task.test_size} test inputs, got {inputs}. Choose fewer.")
+    prompts = []
+    for each in task.lookaheads if lookahead is None else (lookahead,):
+        tokens = task.examples(f"test_{each}").tokens[:inputs]
+        prompts += [(each, SearchPrompt.read(row, task.layout)) for row in tokens]
+    first = run.checkpoints[0].step
+    if first != 0:
+        raise WorkbenchError(
+            f"The control before training needs the checkpoint of step 0; the first of {run.reference!r} is {first}."
+        )
+    return trace_inputs(run.model(step), run.model(first), prompts, seed=seed, on_progress=on_progress)
+
+
+def printed_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of explained shares as they are printed: by variant, the lookaheads that are judged last."""
+    rows = [
+        {
+            **row,
+            "lookahead": f"{JUDGED}+" if row["lookahead"] is None else str(row["lookahead"]),
+            **{end: row[f"explained_{end}"] for end in ("low", "high")},
+            **{f"strict_{end}": row[f"explained_strict_{end}"] for end in ("low", "high")},
+        }
+        for row in content["rows"]
+    ]
+    order = list(dict.fromkeys(row["variant"] for row in rows))
+    return sorted(rows, key=lambda row: (order.index(row["variant"]), row["lookahead"].endswith("+"), row["lookahead"]))
