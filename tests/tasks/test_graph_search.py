@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from search_by_hand import lookahead, parse, reachable, useful
 
 from workbench.runtime import WorkbenchError
-from workbench.tasks import graph_search
+from workbench.tasks import graph_task
 from workbench.tasks.base import Streamed, Task
 from workbench.tasks.graph_search import GraphSearch
 
@@ -71,7 +71,7 @@ def test_invariants_over_many_examples(size):
         found = lookaheads_by_hand(task, batch)
         assert task.graphs(batch).lookahead().tolist() == found
         counts.update(found)
-    shares = [counts[level] / 100_000 for level in task.lookaheads]
+    shares = [counts[level] / 100_000 for level in task.levels]
     assert max(abs(share - 1 / len(shares)) for share in shares) < 0.01
 
 
@@ -133,7 +133,7 @@ def test_no_graph_is_in_training_and_in_a_test():
 def test_the_check_of_splits_can_fail(monkeypatch):
     given = seen(TASK)
     # Mutant: every graph is held out, and training was given some before.
-    monkeypatch.setattr(graph_search, "HELD_OUT", 1)
+    monkeypatch.setattr(graph_task, "HELD_OUT", 1)
     assert held_out(replace(TASK, seed=1)) & given
 
 
