@@ -265,3 +265,21 @@ def test_a_spare_name_is_absent_from_every_prompt():
     longest = GraphSearch(size=26, test_size=50).examples("test_3").tokens
     assert all(len(set(range(1, 9)) - set(row)) >= 1 for row in longest.tolist())
     assert GraphSearch(spare=0).layout.n_names == 7
+
+
+def test_a_counterfactual_may_exchange_two_names():
+    pairs = TASK.contrast(TASK.examples("test_3"), "name", seed=0)
+    assert len(pairs) > 50
+    end = TASK.layout.end
+    assert torch.equal(pairs.tokens[:, end:], pairs.corrupt[:, end:])
+    for row, changed, answer, other in zip(
+        pairs.tokens.tolist(), pairs.corrupt.tolist(), pairs.targets[:, -1].tolist(),
+        pairs.distractor[:, -1].tolist(), strict=True,
+    ):  # fmt: skip
+        assert useful(*parse(row, edge=TASK.layout.edge)[:3]) == {answer}
+        assert useful(*parse(changed, edge=TASK.layout.edge)[:3]) == {other}
+
+
+def test_a_path_that_is_not_the_start_is_refused():
+    with pytest.raises(WorkbenchError, match="The path must begin at the start 1"):
+        TASK.prompt("1>2 2>3 Q 1 3 P 2")

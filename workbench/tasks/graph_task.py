@@ -25,6 +25,8 @@ from workbench.tasks.graphs import MOST_VERTICES, Graphs, Sets, members, numpy_g
 
 EDGE = re.compile(r"(\d+)\s*>\s*(\d+)")
 PROMPT = re.compile(r"((?:\s*\d+\s*>\s*\d+[\s,;]*)+)Q\s*(\d+)\s+(\d+)((?:\s+(?:P|\d+))*)\s*")
+AT_ONCE = 512
+"""Fewest candidates of a round: fewer cost nearly as much."""
 HELD_OUT = 10
 """One graph in so many belongs to the tests."""
 
@@ -34,7 +36,7 @@ class Candidates:
     """Questions that a task may ask: what has been drawn and not rejected."""
 
     rows: np.ndarray
-    """Which of the levels asked for each one belongs to, no two to the same."""
+    """Which of the levels asked for each one belongs to."""
     graphs: Graphs
     tail: Int64[np.ndarray, "batch tail"]
     """What follows the edges: vertices and marks."""
@@ -232,13 +234,17 @@ class GraphTask(ABC):
         tokens = np.empty((len(levels), self.size), np.int64)
         right = np.zeros((len(levels), len(self.vocab)), bool)
         while len(pending):
-            found = self._propose(rng, levels[pending], kind)
+            asked = np.resize(pending, max(len(pending), AT_ONCE))
+            found = self._propose(rng, levels[asked], kind)
             written = self.layout.write(found.graphs, found.tail, rng, seed=self.seed)
-            ours = (written.code % HELD_OUT == 0) == (kind != "train")
-            rows, name = pending[found.rows[ours]], written.name[ours]
-            tokens[rows] = written.tokens[ours]
-            right[rows[:, None], name] = members(found.right[ours], name.shape[1])
-            pending = np.delete(pending, found.rows[ours])
+            ours = np.flatnonzero((written.code % HELD_OUT == 0) == (kind != "train"))
+            # The first of each that was asked for several times.
+            rows, first = np.unique(asked[found.rows[ours]], return_index=True)
+            chosen = ours[first]
+            tokens[rows] = written.tokens[chosen]
+            name = written.name[chosen]
+            right[rows[:, None], name] = members(found.right[chosen], name.shape[1])
+            pending = np.setdiff1d(pending, rows)
         answers = np.where(right, rng.random(right.shape, np.float32), -1).argmax(1)
         return self._batch(tokens, right, answers)
 
