@@ -48,6 +48,7 @@ def recipes(options: argparse.Namespace) -> Printout:
 def train(options: argparse.Namespace) -> Printout:
     """Train a recipe, or go on with a run."""
     from apps.analyses import measure
+    from apps.searching import by_lookahead
     from workbench.training.loop import train as train_recipe
 
     with stopwatch() as clock:
@@ -64,6 +65,7 @@ def train(options: argparse.Namespace) -> Printout:
         **clock,
         **{f"{split}_loss": last[f"{split}_loss"] for split in ("train", "test")},
         **accuracies(run),
+        **by_lookahead(run),
         "step_memorised": run.log.step_memorised,
         "step_generalised": run.log.step_generalised,
         "reason": run.status["reason"],

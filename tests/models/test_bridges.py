@@ -57,6 +57,7 @@ def gap(found: Tensor, wanted: Tensor) -> float:
         ({"schedule": (0, 1, 1), "biases": ("attn", "mlp")}, ["2 blocks ran 3 times"]),
         ({"causal": False, "activation": "gelu", "biases": ("attn", "mlp")}, []),
         ({"activation": "gelu_new", "biases": ("attn", "mlp")}, []),
+        ({"embedding": "one_hot", "d_model": 16, "biases": ("attn", "mlp")}, []),
     ],
     ids=str,
 )

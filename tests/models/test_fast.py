@@ -81,6 +81,8 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "n_heads": draw(st.integers(1, 3)),
         "d_mlp": draw(st.sampled_from([0, 5])),
         "d_vocab_out": 5 if tied else 4,
+        # Wide enough for 5 tokens, a dimension between, and 4 positions.
+        **draw(st.sampled_from([{}, {"embedding": "one_hot", "d_model": 10}])),
         "normalization": draw(st.sampled_from(["LN", None])),
         "activation": draw(st.sampled_from(["relu", "gelu", "gelu_new"])),
         "tied": tied,

@@ -32,6 +32,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "padding": {"pad_token": 0},
     "padding both ways": {"pad_token": 0, "causal": False},
     "shared": {"schedule": (0, 1, 0)},
+    "one-hot": {"embedding": "one_hot", "d_model": 14},
     "everything": {
         "normalization": "LN",
         "activation": "gelu",
@@ -141,7 +142,8 @@ def test_every_site_and_the_logits_are_those_of_the_mathematics(model: Transform
         torch.testing.assert_close(trace[site], wanted[site.place], rtol=1e-10, atol=1e-12, msg=str(site))
 
 
-@pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("plain", "everything")])
+# One-hot embeddings are weights that stay: what they compute is what any embedding with those weights does.
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("plain", "everything", "one-hot")])
 def test_every_option_changes_the_model(option: str) -> None:
     # The mutant: a model that ignores its option, which is the reference at the plain config with the same weights.
     changed = build(replace(SMALL, **OPTIONS[option]))
@@ -275,6 +277,46 @@ def test_gpt2s_weights_are_small_and_what_writes_smaller() -> None:
     torch.testing.assert_close(model.weights[1].mlp.W_out, plain.weights[1].mlp.W_out * 0.02 * 8 / 2)
 
 
+def test_a_linear_layers_weights_are_uniform_and_so_are_its_biases() -> None:
+    config = replace(SMALL, d_model=64, d_mlp=256, biases=BIASES, normalization="LN", init="uniform")
+    model = Transformer(config, generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        if last.startswith("W_") or (last.startswith("b_") and last != "b_U"):
+            assert float(parameter.detach().abs().max()) <= 1 / 8, name
+        if last.startswith("W_"):
+            assert float(parameter.detach().std()) == pytest.approx(1 / 8 / 3**0.5, rel=0.15), name
+    assert model.weights[1].mlp.b_in.detach().std() > 0.05
+    assert not model.unembed.b_U.any()
+    assert not model.final_norm.b.any()
+
+
+def test_one_hot_embeddings_are_fixed_and_stand_side_by_side() -> None:
+    config = replace(SMALL, embedding="one_hot", d_model=14, tied=True, d_vocab_out=7)
+    model = Transformer(config, generator=torch.Generator().manual_seed(0))
+    # 7 tokens, 2 dimensions between, 5 positions.
+    by_hand = torch.zeros(5, 14)
+    by_hand[0, 3] = by_hand[1, 6] = by_hand[2, 0] = by_hand[3, 0] = by_hand[4, 5] = 1
+    by_hand[:, 9:] = torch.eye(5)
+    assert torch.equal(model.start(torch.tensor([[3, 6, 0, 0, 5]]), {})[0], by_hand)
+    # Tied, a logit is a coordinate of the stream.
+    assert torch.equal(model.finish(by_hand, {}), by_hand[:, :7])
+    assert not any(name.startswith(("embed", "pos_embed")) for name, _ in model.named_parameters())
+    # They are kept with the weights, so that a checkpoint holds the whole model.
+    assert {"embed.W_E", "pos_embed.W_pos"} < set(model.state_dict())
+
+
+def test_the_published_search_model_has_the_published_number_of_parameters() -> None:
+    # 6 d² + 10 d a layer and 2 d after the last, d = 46 tokens + 16 + 128 positions.
+    config = ModelConfig(
+        n_layers=6, d_model=190, n_heads=1, d_head=190, d_mlp=190, n_ctx=128, d_vocab=46, d_vocab_out=46,
+        embedding="one_hot", tied=True, normalization="LN", biases=("attn", "mlp"), causal=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Transformer(config, generator=None)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_311_380
+
+
 def test_a_model_goes_round_once_more_with_the_same_weights() -> None:
     model = build(replace(SMALL, **OPTIONS["everything"]))
     state, before = torch.get_rng_state(), model(prompts())
@@ -318,6 +360,10 @@ def test_a_config_is_a_value() -> None:
         ({"d_mlp": -1}, r"d_mlp must be 0 \(attention only\) or more, got -1"),
         ({"d_vocab_out": 8}, "d_vocab_out 8 must be at most d_vocab 7, and equal to it when tied"),
         ({"tied": True}, "d_vocab_out 6 must be at most d_vocab 7, and equal to it when tied"),
+        (
+            {"embedding": "one_hot", "d_model": 11},
+            "One-hot embeddings of 7 tokens and 5 positions need d_model of at least 12, got 11",
+        ),
         ({"pad_token": 7}, "pad_token 7 is outside the vocabulary of 7 tokens"),
         ({"pad_token": -1}, "pad_token -1 is outside the vocabulary of 7 tokens"),
         ({"schedule": ()}, r"schedule \(\) must run every block of 0 to 1 at least once, and no other"),
@@ -336,7 +382,8 @@ def test_a_wrong_config_says_what_is_wrong(changes: Mapping[str, Any], message: 
     [
         ("activation", "selu", "Unknown activation 'selu'. Known: relu, gelu, gelu_new."),
         ("normalization", "RMS", "Unknown normalization 'RMS'. Known: LN, None."),
-        ("init", "zeros", "Unknown init 'zeros'. Known: fan_in, gpt2."),
+        ("init", "zeros", "Unknown init 'zeros'. Known: fan_in, gpt2, uniform."),
+        ("embedding", "sine", "Unknown embedding 'sine'. Known: learned, one_hot."),
         ("biases", ("mlp", "embed"), r"Unknown biases \['embed'\]. Known: attn, mlp, unembed."),
     ],
 )

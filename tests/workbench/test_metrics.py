@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from workbench.metrics import METRICS, Answers, Metric, mean_over_reads, metric
+from workbench.metrics import METRICS, Answers, Metric, is_right, mean_over_reads, metric
 from workbench.runtime import WorkbenchError
 
 
@@ -19,6 +19,7 @@ class Prompts:
     targets: Int[Tensor, "batch pos"]
     distractor: Int[Tensor, "batch pos"] | None
     read: Bool[Tensor, "batch pos"]
+    right: Bool[Tensor, "batch vocab"] | None = None
 
 
 def one_read() -> tuple[Tensor, Prompts]:
@@ -145,6 +146,27 @@ def test_gradients_flow() -> None:
 def test_unknown_metric() -> None:
     with pytest.raises(WorkbenchError, match="Unknown metric 'logit_diff'. Did you mean 'logit_difference'"):
         metric("logit_diff")
+
+
+def test_any_right_token_is_right_where_there_are_several() -> None:
+    logits, prompts = one_read()
+    # The top tokens are 0 and 2; the targets 0 and 1.
+    assert metric("accuracy")(logits, prompts).tolist() == [1, 0]
+    assert is_right(torch.tensor([0, 2]), prompts).tolist() == [True, False]
+    several = replace(prompts, right=torch.tensor([[True, False, False], [False, True, True]]))
+    assert metric("accuracy")(logits, several).tolist() == [1, 1]
+    none = replace(prompts, right=torch.tensor([[False, True, False], [False, True, True]]))
+    assert is_right(torch.tensor([0, 2]), none).tolist() == [False, True]
+
+
+def test_right_tokens_hold_at_every_read_of_their_example() -> None:
+    prompts = Prompts(
+        targets=torch.tensor([[0, 1], [2, 2]]),
+        distractor=None,
+        read=torch.tensor([[True, True], [False, True]]),
+        right=torch.tensor([[True, True, False], [False, False, True]]),
+    )
+    assert is_right(torch.tensor([1, 2, 2]), prompts).tolist() == [True, False, True]
 
 
 def test_a_batch_has_what_a_metric_reads() -> None:

@@ -51,9 +51,10 @@ class ModelConfig:
     """Token whose positions no other position attends to."""
     schedule: tuple[int, ...] | None = None
     """Block to run at each step; None runs each block once, in order."""
-    init: Literal["fan_in", "gpt2"] = "fan_in"
-    """How matrices are drawn: from N(0, 1/d_model) (Nanda et al. 2023, appendix A), or as GPT-2's from N(0, 0.02²),
-    those that write to the residual stream divided by √(2 · n_layers) (Radford et al. 2019, section 2.3)."""
+    init: Literal["fan_in", "gpt2", "uniform"] = "fan_in"
+    """How matrices are drawn: from N(0, 1/d_model) (Nanda et al. 2023, appendix A); as GPT-2's from N(0, 0.02²), those
+    that write to the residual stream divided by √(2 · n_layers) (Radford et al. 2019, section 2.3); or, with the biases
+    of attention and MLP, evenly between ±1/√d_model, as PyTorch draws a linear layer of that width."""
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "d_head", "n_ctx", "d_vocab", "d_vocab_out"):
@@ -65,8 +66,8 @@ class ModelConfig:
             raise WorkbenchError(f"Unknown activation {self.activation!r}. Known: {', '.join(ACTIVATIONS)}.")
         if self.normalization not in ("LN", None):
             raise WorkbenchError(f"Unknown normalization {self.normalization!r}. Known: LN, None.")
-        if self.init not in ("fan_in", "gpt2"):
-            raise WorkbenchError(f"Unknown init {self.init!r}. Known: fan_in, gpt2.")
+        if self.init not in ("fan_in", "gpt2", "uniform"):
+            raise WorkbenchError(f"Unknown init {self.init!r}. Known: fan_in, gpt2, uniform.")
         if self.embedding not in ("learned", "one_hot"):
             raise WorkbenchError(f"Unknown embedding {self.embedding!r}. Known: learned, one_hot.")
         if self.embedding == "one_hot" and self.d_model < self.d_vocab + self.n_ctx:

@@ -129,6 +129,13 @@ class Block(nn.Module):
         return (attn.W_Q, attn.W_K, attn.W_V, attn.W_O, *(() if mlp is None else (mlp.W_in, mlp.W_out)))
 
     @property
+    def biases(self) -> tuple[nn.Parameter, ...]:
+        """The biases of attention and MLP, where there are any."""
+        attn, mlp = self.attn, self.mlp
+        biases = (attn.b_Q, attn.b_K, attn.b_V, attn.b_O, *(() if mlp is None else (mlp.b_in, mlp.b_out)))
+        return tuple(bias for bias in biases if bias is not None)
+
+    @property
     def writers(self) -> tuple[nn.Parameter, ...]:
         """The matrices that write to the residual stream."""
         return (self.attn.W_O, *(() if self.mlp is None else (self.mlp.W_out,)))
@@ -279,15 +286,23 @@ class Transformer(nn.Module):
         self.ln_final = NormPlaces()
         self.final_norm = LayerNorm(config.d_model) if config.normalization else None
         self.unembed = Unembed(config)
+        self._draw_weights(generator)
+
+    def _draw_weights(self, generator: torch.Generator | None) -> None:
+        init, bound = self.config.init, self.config.d_model**-0.5
+        blocks = [cast(Block, block) for block in self.weights]
+        if init == "uniform":
+            biases = [bias for block in blocks for bias in block.biases]
+            for parameter in (*self.matrices, *biases):
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+            return
         for matrix in self.matrices:
-            std = GPT2_STD if config.init == "gpt2" else config.d_model**-0.5
-            nn.init.normal_(matrix, std=std, generator=generator)
-        if config.init == "gpt2":
+            nn.init.normal_(matrix, std=GPT2_STD if init == "gpt2" else bound, generator=generator)
+        if init == "gpt2":
             # As many branches write to the residual stream as there are layers of attention and MLP.
             with torch.no_grad():
-                for block in self.weights:
-                    for writer in cast(Block, block).writers:
-                        writer.div_((2 * config.n_layers) ** 0.5)
+                for writer in (writer for block in blocks for writer in block.writers):
+                    writer.div_((2 * self.config.n_layers) ** 0.5)
 
     @property
     def matrices(self) -> tuple[nn.Parameter, ...]:

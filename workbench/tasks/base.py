@@ -216,8 +216,8 @@ class Task(Protocol):
 class Streamed(Protocol):
     """A task whose training never repeats: a step's examples are drawn when it comes."""
 
-    def stream(self, n: int, *, seed: int | torch.Generator) -> Batch:
-        """`n` fresh training examples, the same ones for the same seed."""
+    def stream(self, n: int, *, seed: int | torch.Generator, level: int | None = None) -> Batch:
+        """`n` fresh training examples, the same ones for the same seed; no harder than the level, if one is given."""
         ...
 
 

@@ -48,7 +48,11 @@ class TrainLog:
     @property
     def step_generalised(self) -> int | None:
         """When the test split was learnt for good."""
-        return self._first_held("test_accuracy", self.solved_accuracy)
+        return self.step_solved("test")
+
+    def step_solved(self, split: str) -> int | None:
+        """When the accuracy on a split that is measured reached the task's threshold for tests, for good."""
+        return self._first_held(f"{split}_accuracy", self.solved_accuracy)
 
     @property
     def cleaned_up(self) -> bool:

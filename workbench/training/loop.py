@@ -37,13 +37,12 @@ from workbench.training.checkpoints import METRICS, STATUS, Run, add_reason, lis
 from workbench.training.curves import TrainLog
 from workbench.training.dropout import Masks, as_edits, draw_masks
 from workbench.training.recipe import Recipe, TrainConfig
+from workbench.training.streaming import NEXT_BATCH, ExampleStream
 
 STATE_SECONDS = 5.0
 STATES_KEPT = 2
 EVALUATION_ROWS = 20_000
 PROBES = 3_000
-STREAMED_STEPS = 32
-"""Steps whose examples are drawn at once, of a task that streams them."""
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int, Mapping[str, Any]], None]
@@ -154,7 +153,8 @@ class Trainer:
         }
         self.own_rows = self._dealt(self.train_split) if config.batch_size is None else None
         self.batch_generator = generator(config.batch_seed, "batches")
-        self.chunk: tuple[int, Batch] | None = None
+        task: object = recipe.task
+        self.stream = ExampleStream(task, config, accelerator.device) if isinstance(task, Streamed) else None
 
     def start(self) -> None:
         """Begin a new run."""
@@ -290,23 +290,12 @@ class Trainer:
         if self.own_rows is not None:
             return self.own_rows, int(self.train_split.read.sum())
         assert self.config.batch_size is not None
-        if isinstance(self.recipe.task, Streamed):
-            batch = self._streamed(self.recipe.task, self.config.batch_size)
-            return self._dealt(batch), int(batch.read.sum())
-        rows = torch.randint(len(self.train_split), (self.config.batch_size,), generator=self.batch_generator)
-        batch = self.train_split.select(rows.to(self.train_split.tokens.device))
+        if self.stream is not None:
+            batch = self.stream.batch(self.position.step, self.position.rows)
+        else:
+            rows = torch.randint(len(self.train_split), (self.config.batch_size,), generator=self.batch_generator)
+            batch = self.train_split.select(rows.to(self.train_split.tokens.device))
         return self._dealt(batch), int(batch.read.sum())
-
-    def _streamed(self, task: Streamed, n: int) -> Batch:
-        """This step's fresh examples.
-
-        As many steps as are drawn at once have a stream of their own, so that a state has none to hold.
-        """
-        number, step = divmod(self.position.step, STREAMED_STEPS)
-        if self.chunk is None or self.chunk[0] != number:
-            seed = generator(self.config.batch_seed, "stream", number)
-            self.chunk = number, task.stream(STREAMED_STEPS * n, seed=seed).to(self.accelerator.device)
-        return self.chunk[1].select(slice(step * n, (step + 1) * n))
 
     def _draw_masks(self, own: Dataset) -> Masks:
         """This step's dropout for this process's rows.
@@ -341,6 +330,10 @@ class Trainer:
         with torch.no_grad():
             for name, parts in self.splits.items():
                 row |= _losses(self.model, name, parts)
+            if self.stream is not None and self.config.curriculum is not None:
+                coming = self.stream.batch(self.position.step, self.position.rows)
+                row |= {"level": self.stream.level(self.position.rows)}
+                row |= _losses(self.model, NEXT_BATCH, [Dataset.of(self.recipe.model, coming)])
             row["sum_squared_weights"] = sum(float(p.double().square().sum()) for p in self.model.parameters())
         row["seconds"] = round(self.position.seconds, 3)
         self.position.rows.append(row)

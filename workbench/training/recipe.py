@@ -22,16 +22,27 @@ from beartype.door import is_bearable
 from workbench.models.config import ModelConfig
 from workbench.runtime import WorkbenchError, nearest
 from workbench.store import digest
-from workbench.tasks.base import Task
+from workbench.tasks.base import Streamed, Task
 from workbench.tasks.comparison import Comparison
 from workbench.tasks.complex_comparison import ComplexComparison
 from workbench.tasks.composition import Composition
 from workbench.tasks.graph_search import GraphSearch
+from workbench.tasks.graph_traces import DepthFirst, SelectionInference
 from workbench.tasks.modular import Modular
 from workbench.tasks.pairs import Pairs
 
 TASKS: dict[str, type] = {
-    task.name: task for task in (Modular, Pairs, Composition, Comparison, ComplexComparison, GraphSearch)
+    task.name: task
+    for task in (
+        Modular,
+        Pairs,
+        Composition,
+        Comparison,
+        ComplexComparison,
+        GraphSearch,
+        DepthFirst,
+        SelectionInference,
+    )
 }
 
 
@@ -57,6 +68,11 @@ class TrainConfig:
     at every step.
 
     With batches, at most 3,000 examples of each split are measured, drawn once and the same in every run; without, all.
+    """
+    curriculum: float | None = None
+    """Accuracy on a batch not yet trained on, from which a streamed task's examples may be one level harder.
+
+    It is looked at where the run is evaluated, and training begins at level 1. None gives all levels from the start.
     """
     clip_norm: float | None = None
     """Largest gradient norm; None does not clip."""
@@ -92,6 +108,8 @@ class TrainConfig:
                 "learning_rate must be above 0 and weight_decay at least 0, "
                 f"got {self.learning_rate} and {self.weight_decay}."
             )
+        if self.curriculum is not None and not 0 < self.curriculum <= 1:
+            raise WorkbenchError(f"curriculum must be an accuracy above 0, or null for none, got {self.curriculum}.")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise WorkbenchError(f"clip_norm must be above 0, or null for none, got {self.clip_norm}.")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -138,6 +156,17 @@ class Recipe:
                 f"Recipe {self.name!r}: the task has {len(self.task.vocab)} tokens, the model {self.model.d_vocab}. "
                 "Set model.d_vocab to the task's vocabulary."
             )
+        streamed = isinstance(self.task, Streamed)
+        if self.train is not None and streamed and self.train.batch_size is None:
+            raise WorkbenchError(
+                f"Recipe {self.name!r}: task {self.task.name!r} streams its examples: there is no whole training split "
+                "to take at every step. Set train.batch_size."
+            )
+        if self.train is not None and self.train.curriculum is not None and not streamed:
+            raise WorkbenchError(
+                f"Recipe {self.name!r}: task {self.task.name!r} has no levels for a curriculum. "
+                "Set train.curriculum=null."
+            )
         if self.model.n_ctx < len(self.task.position_labels):
             raise WorkbenchError(
                 f"Recipe {self.name!r}: prompts have {len(self.task.position_labels)} positions, "
@@ -155,7 +184,7 @@ class Recipe:
     def override(self, settings: Sequence[str]) -> Recipe:
         """The recipe with `key=value` settings, such as `train.steps=500` or just `p=59`.
 
-        The model's vocabulary follows the task's.
+        The model's vocabulary and padding follow the task's.
 
         Raises:
             WorkbenchError: a key is unknown or ambiguous, or a value is not of its kind.
@@ -169,7 +198,11 @@ class Recipe:
             changes[part][field.name] = _read_value(key, text, _hints(getattr(self, part))[field.name])
         task = _replace_fields(self.task, changes["task"])
         size, silent = len(task.vocab), self.model.d_vocab - self.model.d_vocab_out
-        vocabulary = {} if size == self.model.d_vocab else {"d_vocab": size, "d_vocab_out": size - silent}
+        vocabulary: dict[str, int | None] = (
+            {} if size == self.model.d_vocab else {"d_vocab": size, "d_vocab_out": size - silent}
+        )
+        if self.model.pad_token is not None and self.model.pad_token == self.task.pad_token:
+            vocabulary["pad_token"] = task.pad_token
         model = replace(self.model, **{**vocabulary, **changes["model"]})
         train = None if self.train is None else replace(self.train, **changes["train"])
         return replace(self, task=task, model=model, train=train)
