@@ -18,7 +18,7 @@ def by_lookahead(run: Run) -> dict[str, dict[int, Any]]:
     """
     if not isinstance(run.task, GraphSearch):
         return {}
-    model, splits = run.model(), {lookahead: f"test_{lookahead}" for lookahead in run.task.lookaheads}
+    model, splits = run.model(), {lookahead: f"test_{lookahead}" for lookahead in run.task.levels}
     batches = {lookahead: run.task.examples(split) for lookahead, split in splits.items()}
     shares = {
         lookahead: share_of(is_right(run_model(model, batch.tokens).logits[batch.read].argmax(1), batch))

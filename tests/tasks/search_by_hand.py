@@ -50,14 +50,16 @@ def distance(children: Children, start: int, goal: int) -> int:
     return -1
 
 
+def parse_edges(body: list[int], *, edge: int) -> tuple[dict[int, set[int]], int]:
+    """Children of each vertex, and the number of edges, from a prompt without its tail."""
+    children: dict[int, set[int]] = {}
+    places = [place for place, token in enumerate(body) if token == edge]
+    for place in places:
+        children.setdefault(body[place + 1], set()).add(body[place + 2])
+    return children, len(places)
+
+
 def parse(tokens: list[int], *, edge: int) -> tuple[dict[int, set[int]], int, int, int]:
     """Children of each vertex, start, goal, and the number of edges, from a prompt."""
-    children: dict[int, set[int]] = {}
-    body, tail = tokens[:-5], tokens[-5:]
-    n = 0
-    for place, token in enumerate(body):
-        if token == edge:
-            source, target = body[place + 1 : place + 3]
-            children.setdefault(source, set()).add(target)
-            n += 1
-    return children, tail[1], tail[2], n
+    children, n_edges = parse_edges(tokens[:-5], edge=edge)
+    return children, tokens[-4], tokens[-3], n_edges

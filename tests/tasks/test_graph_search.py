@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from search_by_hand import lookahead, parse, reachable, useful
 
 from workbench.runtime import WorkbenchError
-from workbench.tasks import graph_search
+from workbench.tasks import graph_task
 from workbench.tasks.base import Streamed, Task
 from workbench.tasks.graph_search import GraphSearch
 
@@ -71,7 +71,7 @@ def test_invariants_over_many_examples(size):
         found = lookaheads_by_hand(task, batch)
         assert task.graphs(batch).lookahead().tolist() == found
         counts.update(found)
-    shares = [counts[level] / 100_000 for level in task.lookaheads]
+    shares = [counts[level] / 100_000 for level in task.levels]
     assert max(abs(share - 1 / len(shares)) for share in shares) < 0.01
 
 
@@ -133,7 +133,7 @@ def test_no_graph_is_in_training_and_in_a_test():
 def test_the_check_of_splits_can_fail(monkeypatch):
     given = seen(TASK)
     # Mutant: every graph is held out, and training was given some before.
-    monkeypatch.setattr(graph_search, "HELD_OUT", 1)
+    monkeypatch.setattr(graph_task, "HELD_OUT", 1)
     assert held_out(replace(TASK, seed=1)) & given
 
 
@@ -265,3 +265,21 @@ def test_a_spare_name_is_absent_from_every_prompt():
     longest = GraphSearch(size=26, test_size=50).examples("test_3").tokens
     assert all(len(set(range(1, 9)) - set(row)) >= 1 for row in longest.tolist())
     assert GraphSearch(spare=0).layout.n_names == 7
+
+
+def test_a_counterfactual_may_exchange_two_names():
+    pairs = TASK.contrast(TASK.examples("test_3"), "name", seed=0)
+    assert len(pairs) > 50
+    end = TASK.layout.end
+    assert torch.equal(pairs.tokens[:, end:], pairs.corrupt[:, end:])
+    for row, changed, answer, other in zip(
+        pairs.tokens.tolist(), pairs.corrupt.tolist(), pairs.targets[:, -1].tolist(),
+        pairs.distractor[:, -1].tolist(), strict=True,
+    ):  # fmt: skip
+        assert useful(*parse(row, edge=TASK.layout.edge)[:3]) == {answer}
+        assert useful(*parse(changed, edge=TASK.layout.edge)[:3]) == {other}
+
+
+def test_a_path_that_is_not_the_start_is_refused():
+    with pytest.raises(WorkbenchError, match="The path must begin at the start 1"):
+        TASK.prompt("1>2 2>3 Q 1 3 P 2")

@@ -2,8 +2,8 @@
 
     PAD … PAD E source target E source target … Q start goal P start
 
-The edges come in a random order, padding stands on the left, so that the tail has fixed positions; the answer is read
-at the last one. Vertices go by random names.
+The edges come in a random order, padding stands on the left, so that the tail after them has fixed positions; the
+answer is read at the last one. Vertices go by random names.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jaxtyping import Int64
 from workbench.runtime import WorkbenchError
 from workbench.tasks.graphs import Graphs, bit, collect, descendants, members
 
-TAIL = 5
-"""Positions after the edges: Q start goal P current."""
 EDGE_LENGTH = 3
+QUERY, PATH = -1, -2
+"""The marks of a tail, among vertices that are numbered from 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,13 +41,12 @@ class Layout:
 
     size: int
     """Positions of a prompt."""
+    n_edges: int
+    """Most edges that a prompt holds, and most vertices that a graph has."""
     spare: int
     """Names beyond those that the largest graph needs."""
-
-    @property
-    def n_edges(self) -> int:
-        """Most edges that a prompt holds, and most vertices that a graph has."""
-        return (self.size - TAIL) // EDGE_LENGTH
+    tail: tuple[str, ...]
+    """What stands at the positions after the edges; `Q start goal P` comes first."""
 
     @property
     def n_names(self) -> int:
@@ -83,14 +82,21 @@ class Layout:
     def position_labels(self) -> Sequence[str]:
         """Edges by number from the left, then the tail."""
         edges = [label for n in range(1, self.n_edges + 1) for label in (f"E{n}", f"source {n}", f"target {n}")]
-        spare = self.size - TAIL - len(edges)
-        return (*(f"pad {n}" for n in range(1, spare + 1)), *edges, "Q", "start", "goal", "P", "current")
+        return (*(f"pad {n}" for n in range(1, self.end - len(edges) + 1)), *edges, *self.tail)
 
-    def write(self, graphs: Graphs, rng: np.random.Generator, *, seed: int) -> Written:
+    @property
+    def end(self) -> int:
+        """Position where the edges end and the tail begins."""
+        return self.size - len(self.tail)
+
+    def write(
+        self, graphs: Graphs, tail: Int64[np.ndarray, "batch tail"], rng: np.random.Generator, *, seed: int
+    ) -> Written:
         """The graphs as prompts: names and order of edges drawn at random.
 
         Args:
             graphs: of at most `n_edges` edges and vertices each.
+            tail: vertices and marks.
             rng: draws names and order.
             seed: of the codes.
         """
@@ -104,14 +110,13 @@ class Layout:
         n_edges = graphs.n_edges
         ends = n_edges.cumsum()
         # The graphs' edges stay together, so that only the order within each is new.
-        slot = self.size - TAIL - EDGE_LENGTH * (ends[graph] - np.arange(len(graph)))
+        slot = self.end - EDGE_LENGTH * (ends[graph] - np.arange(len(graph)))
         tokens = np.full((len(graphs), self.size), self.pad, np.int64)
         tokens[graph, slot] = self.edge
         tokens[graph, slot + 1] = source[order]
         tokens[graph, slot + 2] = target[order]
-        tokens[:, -TAIL:] = np.stack(
-            [np.full_like(start, self.query), start, goal, np.full_like(start, self.path), start], 1
-        )
+        marks = np.where(tail == QUERY, self.query, self.path)
+        tokens[:, self.end :] = np.where(tail < 0, marks, np.take_along_axis(name, np.maximum(tail, 0), 1))
         code = np.bitwise_xor.reduceat(_keys(self.n_names, seed)[source, target], ends - n_edges)
         code ^= _keys(self.n_names, seed)[0, start] ^ _keys(self.n_names, seed)[goal, 0]
         return Written(tokens=tokens, code=code, name=name)
@@ -121,13 +126,18 @@ class Layout:
         children = np.zeros((len(tokens), self.n_names + 1), np.int64)
         rows = np.arange(len(tokens))
         for n in range(1, self.n_edges + 1):
-            slot = self.size - TAIL - EDGE_LENGTH * n
+            slot = self.end - EDGE_LENGTH * n
             source, target = tokens[:, slot + 1], tokens[:, slot + 2]
             is_edge = tokens[:, slot] == self.edge
             children[rows, np.where(is_edge, source, 0)] |= np.where(is_edge, bit(target), 0)
-        return Graphs(children=children, start=tokens[:, -4], goal=tokens[:, -3])
+        return Graphs(children=children, start=tokens[:, self.end + 1], goal=tokens[:, self.end + 2])
 
-    def write_one(self, edges: Sequence[tuple[int, int]], start: int, goal: int) -> Int64[np.ndarray, " pos"]:
+    def read_tail(self, tokens: Int64[np.ndarray, "batch pos"]) -> Int64[np.ndarray, "batch tail"]:
+        """What follows the edges, as `write` takes it; vertices are tokens."""
+        tail = tokens[:, self.end :]
+        return np.where(tail == self.query, QUERY, np.where(tail == self.path, PATH, tail))
+
+    def write_one(self, edges: Sequence[tuple[int, int]], tail: Sequence[int]) -> Int64[np.ndarray, " pos"]:
         """The prompt of one graph whose vertices are tokens, its edges in the order given.
 
         Raises:
@@ -135,14 +145,15 @@ class Layout:
         """
         if not 1 <= len(edges) <= self.n_edges:
             raise WorkbenchError(f"This graph has {len(edges)} edges; the model reads 1 to {self.n_edges}.")
-        for vertex in (*(vertex for edge in edges for vertex in edge), start, goal):
+        for vertex in (*(vertex for edge in edges for vertex in edge), *(each for each in tail if each >= 0)):
             if not 1 <= vertex <= self.n_names:
                 raise WorkbenchError(f"Vertex {vertex} is not in the vocabulary: vertices go from 1 to {self.n_names}.")
         if twice := [edge for edge, n in Counter(edges).items() if n > 1]:
             raise WorkbenchError(f"Edge {twice[0][0]}>{twice[0][1]} is given twice. Leave one of them out.")
         body = [token for source, target in edges for token in (self.edge, source, target)]
-        padding = [self.pad] * (self.size - TAIL - len(body))
-        return np.array([*padding, *body, self.query, start, goal, self.path, start], np.int64)
+        marks = {QUERY: self.query, PATH: self.path}
+        padding = [self.pad] * (self.end - len(body))
+        return np.array([*padding, *body, *(marks.get(each, each) for each in tail)], np.int64)
 
 
 def check_question(graphs: Graphs) -> None:

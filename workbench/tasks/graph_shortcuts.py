@@ -19,7 +19,7 @@ from workbench.runtime import WorkbenchError, code_version
 from workbench.store import Provenance
 from workbench.tables import Table
 from workbench.tasks.base import Batch
-from workbench.tasks.graph_prompts import EDGE_LENGTH, TAIL
+from workbench.tasks.graph_prompts import EDGE_LENGTH
 from workbench.tasks.graph_search import GraphSearch
 from workbench.tasks.graphs import Graphs, members
 
@@ -116,8 +116,8 @@ def _name(task: GraphSearch, batch: Batch, graphs: Graphs) -> Scores:
 def _place(task: GraphSearch, batch: Batch, graphs: Graphs) -> Scores:
     """Where the edge from the start to each vertex stands in the prompt."""
     tokens, found = batch.tokens.numpy(), np.zeros(graphs.children.shape)
-    rows = np.arange(len(tokens))
-    for slot in range(task.size - TAIL - EDGE_LENGTH * task.layout.n_edges, task.size - TAIL, EDGE_LENGTH):
+    rows, end = np.arange(len(tokens)), task.layout.end
+    for slot in range(end - EDGE_LENGTH * task.layout.n_edges, end, EDGE_LENGTH):
         own = tokens[:, slot + 1] == graphs.start
         found[rows[own], tokens[own, slot + 2]] = slot + 1
     return found

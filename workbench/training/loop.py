@@ -142,8 +142,8 @@ class Trainer:
         }
         self.own_rows = self._dealt(self.train_split) if config.batch_size is None else None
         self.batch_generator = generator(config.batch_seed, "batches")
-        stream = isinstance(recipe.task, Streamed)
-        self.stream = ExampleStream(recipe.task, config, accelerator.device) if stream else None
+        task: object = recipe.task
+        self.stream = ExampleStream(task, config, accelerator.device) if isinstance(task, Streamed) else None
 
     def start(self) -> None:
         """Begin a new run."""

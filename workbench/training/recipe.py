@@ -27,11 +27,22 @@ from workbench.tasks.comparison import Comparison
 from workbench.tasks.complex_comparison import ComplexComparison
 from workbench.tasks.composition import Composition
 from workbench.tasks.graph_search import GraphSearch
+from workbench.tasks.graph_traces import DepthFirst, SelectionInference
 from workbench.tasks.modular import Modular
 from workbench.tasks.pairs import Pairs
 
 TASKS: dict[str, type] = {
-    task.name: task for task in (Modular, Pairs, Composition, Comparison, ComplexComparison, GraphSearch)
+    task.name: task
+    for task in (
+        Modular,
+        Pairs,
+        Composition,
+        Comparison,
+        ComplexComparison,
+        GraphSearch,
+        DepthFirst,
+        SelectionInference,
+    )
 }
 
 
@@ -191,7 +202,9 @@ class Recipe:
             changes[part][field.name] = _read_value(key, text, _hints(getattr(self, part))[field.name])
         task = _replace_fields(self.task, changes["task"])
         size, silent = len(task.vocab), self.model.d_vocab - self.model.d_vocab_out
-        vocabulary = {} if size == self.model.d_vocab else {"d_vocab": size, "d_vocab_out": size - silent}
+        vocabulary: dict[str, int | None] = (
+            {} if size == self.model.d_vocab else {"d_vocab": size, "d_vocab_out": size - silent}
+        )
         if self.model.pad_token is not None and self.model.pad_token == self.task.pad_token:
             vocabulary["pad_token"] = task.pad_token
         model = replace(self.model, **{**vocabulary, **changes["model"]})
