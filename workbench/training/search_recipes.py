@@ -127,7 +127,7 @@ def _one_hot(name: str, task: GraphSearch, *, layers: int, shows: str) -> Recipe
         causal=False,
         pad_token=task.pad_token,
     )
-    return Recipe(name=name, task=task, model=model, train=_training(steps=3600, evaluate_every=100), shows=shows)
+    return Recipe(name=name, task=task, model=model, train=_training(steps=6000, evaluate_every=100), shows=shows)
 
 
 def _training(*, steps: int, evaluate_every: int) -> TrainConfig:
