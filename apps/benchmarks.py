@@ -33,7 +33,7 @@ from workbench.models.config import ModelConfig
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator, nearest
 from workbench.tasks.base import Batch
-from workbench.tasks.graph_prompts import Layout
+from workbench.tasks.graph_search import GraphSearch
 
 PAIRS = 64
 
@@ -287,9 +287,9 @@ def _attention_effects(name: str, config: ModelConfig) -> Benchmark:
 
 
 def _prepare_attention_effects(config: ModelConfig) -> tuple[Run, Run]:
-    layout = Layout(size=config.n_ctx, spare=1)
-    chain = [(vertex, vertex + 1) for vertex in range(1, layout.n_edges + 1)]
-    prompt = SearchPrompt.read(torch.from_numpy(layout.write_one(chain, 1, layout.n_names)), layout)
+    task = GraphSearch(size=config.n_ctx)
+    chain = [(vertex, vertex + 1) for vertex in range(1, task.layout.n_edges + 1)]
+    prompt = SearchPrompt.read(task.ask(chain, 1, task.layout.n_names).tokens[0], task.layout)
     clean = CleanPass.of(_random_model(config), prompt)
 
     def ours() -> Tensor:

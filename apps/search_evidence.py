@@ -104,14 +104,14 @@ def reachability_of(run: Run, step: int | None = None, *, n: int = PROBED, seed:
         WorkbenchError: the run learnt something else, or too few different graphs.
     """
     task = search_task(run)
-    chosen = [_some(task.examples(f"test_{lookahead}"), n, seed) for lookahead in task.lookaheads if lookahead]
+    chosen = [_some(task.examples(f"test_{lookahead}"), n, seed) for lookahead in task.levels if lookahead]
     untrained = Transformer(run.recipe.model, generator=generator(seed, "untrained")).eval()
     return reachability(run.model(step), task, join(chosen), untrained=untrained, seed=seed)
 
 
 def lookahead_curves(run: Run) -> Table | None:
     """Accuracy at each lookahead by step; None of a run that was not trained here."""
-    splits = {f"test_{lookahead}_accuracy": str(lookahead) for lookahead in search_task(run).lookaheads}
+    splits = {f"test_{lookahead}_accuracy": str(lookahead) for lookahead in search_task(run).levels}
     frame = run.log.frame
     found = [name for name in splits if name in frame]
     if not found:
@@ -138,7 +138,7 @@ def _some(examples: Batch, n: int, seed: int) -> Batch:
 
 def _accuracies(run: Run) -> Iterator[dict[str, Any]]:
     task, model = search_task(run), run.model()
-    for split in (*(f"test_{lookahead}" for lookahead in task.lookaheads), "test_naive", "test_star"):
+    for split in (*(f"test_{lookahead}" for lookahead in task.levels), "test_naive", "test_star"):
         batch = task.examples(split)
         right = is_right(run_model(model, batch.tokens).logits[batch.read].argmax(1), batch)
         graphs = task.graphs(batch)
@@ -148,7 +148,7 @@ def _accuracies(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _accuracy_claims(evidence: SearchEvidence) -> Iterator[Claim]:
-    names = {f"test_{lookahead}": f"accuracy at lookahead {lookahead}" for lookahead in evidence.task.lookaheads}
+    names = {f"test_{lookahead}": f"accuracy at lookahead {lookahead}" for lookahead in evidence.task.levels}
     for row in evidence.accuracies:
         if row["split"] in names:
             yield _bounded(names[row["split"]], _estimate(row, "accuracy"), SOLVED, row["n"])

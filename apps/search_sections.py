@@ -23,7 +23,7 @@ def search_sections(evidence: SearchEvidence) -> tuple[Section, ...]:
 def describe_scale(task: GraphSearch, model: ModelConfig) -> str:
     """Graphs and model in numbers, since what is found depends on them."""
     return (
-        f"graphs of up to {task.layout.n_edges} edges in {task.size} tokens, lookaheads 0 to {task.lookaheads[-1]}, "
+        f"graphs of up to {task.layout.n_edges} edges in {task.size} tokens, lookaheads 0 to {task.levels[-1]}, "
         f"{task.distribution} in training; {model.n_layers} layers of width {model.d_model}"
     )
 
@@ -64,7 +64,7 @@ def _training(evidence: SearchEvidence) -> Section | None:
     if curves is None:
         return None
     log = evidence.run.log
-    solved = {lookahead: log.step_solved(f"test_{lookahead}") for lookahead in evidence.task.lookaheads}
+    solved = {lookahead: log.step_solved(f"test_{lookahead}") for lookahead in evidence.task.levels}
     said = "; ".join(
         f"{lookahead} {'never' if step is None else f'at step {step}'}" for lookahead, step in solved.items()
     )

@@ -42,14 +42,14 @@ def traces_of(
             f"Path merging is traced in runs on graph search; {run.reference!r} learnt {task.name!r}. Train one: "
             "`workbench train search`."
         )
-    if lookahead is not None and lookahead not in task.lookaheads:
+    if lookahead is not None and lookahead not in task.levels:
         raise WorkbenchError(
-            f"Prompts of size {task.size} have lookaheads 0 to {task.lookaheads[-1]}, got {lookahead}. Choose one."
+            f"Prompts of size {task.size} have lookaheads 0 to {task.levels[-1]}, got {lookahead}. Choose one."
         )
     if not 1 <= inputs <= task.test_size:
         raise WorkbenchError(f"Each lookahead has 1 to {task.test_size} test inputs, got {inputs}. Choose fewer.")
     prompts = []
-    for each in task.lookaheads if lookahead is None else (lookahead,):
+    for each in task.levels if lookahead is None else (lookahead,):
         tokens = task.examples(f"test_{each}").tokens[:inputs]
         prompts += [(each, SearchPrompt.read(row, task.layout)) for row in tokens]
     first = run.checkpoints[0].step

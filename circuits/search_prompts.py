@@ -14,7 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.runtime import WorkbenchError, generator
-from workbench.tasks.graph_prompts import EDGE_LENGTH, TAIL, Layout, check_question
+from workbench.tasks.graph_prompts import EDGE_LENGTH, Layout, check_question
+from workbench.tasks.graph_search import TAIL
 
 START, GOAL, CURRENT = -4, -3, -1
 """Rows of the question, counted from the end."""
@@ -95,7 +96,7 @@ class SearchPrompt:
         """
         position = (tokens != layout.pad).nonzero()[:, 0]
         rows = tokens[position].tolist()
-        body, tail = rows[:-TAIL], rows[-TAIL:]
+        body, tail = rows[: -len(TAIL)], rows[-len(TAIL) :]
         triples = [body[first : first + EDGE_LENGTH] for first in range(0, len(body), EDGE_LENGTH)]
         names = [*(vertex for triple in triples for vertex in triple[1:]), *tail[1:3]]
         shaped = len(tokens) == layout.size and triples and len(body) % EDGE_LENGTH == 0

@@ -21,7 +21,7 @@ def forget_other_runs(run: Run, task: GraphSearch) -> None:
     """Begin anew where another run was looked at before: its vertices may not be in this one's vocabulary."""
     known = "graph" in st.session_state or "graph" in st.query_params
     if not known or st.session_state.get("searched", run.reference) != run.reference:
-        _show(search_questions.example(task, "balanced", task.lookaheads[-1], 0))
+        _show(search_questions.example(task, "balanced", task.levels[-1], 0))
     st.session_state["searched"] = run.reference
 
 
@@ -46,7 +46,7 @@ def choose_graph(task: GraphSearch) -> str:
 
 def _offer_random(task: GraphSearch) -> None:
     distribution: Distribution = st.selectbox("Distribution", get_args(Distribution), key="drawn_from")
-    lookahead = st.selectbox("Lookahead", task.lookaheads, index=len(task.lookaheads) - 1, key="drawn_lookahead")
+    lookahead = st.selectbox("Lookahead", task.levels, index=len(task.levels) - 1, key="drawn_lookahead")
 
     def draw() -> None:
         count = st.session_state.get("draws", 0) + 1

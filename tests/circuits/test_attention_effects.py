@@ -18,9 +18,9 @@ from circuits.attention_ops import (
 )
 from workbench.models.planted_search import path_doubling
 from workbench.runtime import WorkbenchError
-from workbench.tasks.graph_prompts import Layout
+from workbench.tasks.graph_search import search_layout
 
-LAYOUT = Layout(size=17, spare=2)
+LAYOUT = search_layout(17, 2)
 
 
 def slow_pass(model, prompt, unit):
@@ -86,7 +86,7 @@ def test_padding_is_not_read(prompt):
 
 def test_operations_of_the_wired_model():
     """Zeroing the copy that the answer is read off by costs the whole answer; its strength is in shares of the lead."""
-    layout = Layout(size=26, spare=1)
+    layout = search_layout(26, 1)
     edited = EditedPass.of(CleanPass.of(path_doubling(layout), branches(3, 2, layout, seed=1)), "margin")
     assert edited.value == pytest.approx(10, abs=1e-3)
     found = important_operations(edited, SHARE)

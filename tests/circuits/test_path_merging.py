@@ -18,9 +18,9 @@ from workbench.instrument.sites import Site
 from workbench.instrument.trace import Patch, Value, Zero
 from workbench.models.planted_search import path_doubling
 from workbench.runtime import WorkbenchError
-from workbench.tasks.graph_prompts import Layout
+from workbench.tasks.graph_search import search_layout
 
-LAYOUT = Layout(size=26, spare=1)
+LAYOUT = search_layout(26, 1)
 WIRED = path_doubling(LAYOUT)
 FORK = [(1, 2), (2, 3), (1, 4), (4, 5)]
 """Rows 1, 2; 4, 5; 7, 8; 10, 11 are the ends of the edges, 13 and 14 start and goal, 16 the last."""
@@ -178,7 +178,7 @@ def test_what_is_read_off_is_read_whole_by_the_rival_too(fork):
 
 def test_perturbed_prompts_are_those_run_one_by_one(fork):
     """Every query and key under every perturbation, by a pass of its own with the earlier patterns held."""
-    layout = Layout(size=17, spare=2)
+    layout = search_layout(17, 2)
     prompt = prompt_of([(1, 2), (2, 3), (1, 4)], 1, 3, layout)
     model = random_model(layout)
     clean = CleanPass.of(model, prompt)

@@ -14,9 +14,9 @@ from circuits.path_traces import trace_inputs
 from workbench.intervals import share_of
 from workbench.models.planted_search import path_doubling
 from workbench.runtime import WorkbenchError
-from workbench.tasks.graph_prompts import Layout
+from workbench.tasks.graph_search import search_layout
 
-LAYOUT = Layout(size=26, spare=1)
+LAYOUT = search_layout(26, 1)
 WIRED = path_doubling(LAYOUT)
 N = 4
 

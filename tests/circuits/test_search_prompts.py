@@ -9,9 +9,9 @@ from search_models import prompt_of
 
 from circuits.search_prompts import Digraph, SearchPrompt
 from workbench.runtime import WorkbenchError
-from workbench.tasks.graph_prompts import Layout
+from workbench.tasks.graph_search import search_layout
 
-LAYOUT = Layout(size=26, spare=1)
+LAYOUT = search_layout(26, 1)
 
 acyclic = st.sets(st.tuples(st.integers(1, 8), st.integers(1, 8)).filter(lambda edge: edge[0] < edge[1]), min_size=1)
 

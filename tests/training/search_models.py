@@ -10,11 +10,12 @@ from workbench.instrument.trace import Patch, Value
 from workbench.models.config import ModelConfig
 from workbench.models.transformer import Transformer
 from workbench.runtime import generator
+from workbench.tasks.graph_prompts import PATH, QUERY
 
 
 def prompt_of(edges, start, goal, layout):
     """The prompt of a graph."""
-    return SearchPrompt.read(torch.from_numpy(layout.write_one(edges, start, goal)), layout)
+    return SearchPrompt.read(torch.from_numpy(layout.write_one(edges, (QUERY, start, goal, PATH, start))), layout)
 
 
 def branches(length, n_branches, layout, *, seed):

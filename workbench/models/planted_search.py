@@ -19,7 +19,8 @@ from torch import Tensor
 from workbench.models.config import ModelConfig
 from workbench.models.transformer import Transformer
 from workbench.runtime import generator
-from workbench.tasks.graph_prompts import EDGE_LENGTH, TAIL, Layout
+from workbench.tasks.graph_prompts import EDGE_LENGTH, Layout
+from workbench.tasks.graph_search import TAIL
 
 SHARP = 20.0
 """Attention score by which a row is preferred."""
@@ -77,11 +78,11 @@ def _embed(state: Mapping[str, Tensor], spaces: Spaces, size: int, n_vertices: i
 
 
 def _sources(size: int) -> list[int]:
-    return list(range(size - TAIL - 2, 0, -EDGE_LENGTH))
+    return list(range(size - len(TAIL) - 2, 0, -EDGE_LENGTH))
 
 
 def _targets(size: int) -> list[int]:
-    return list(range(size - TAIL - 1, 1, -EDGE_LENGTH))
+    return list(range(size - len(TAIL) - 1, 1, -EDGE_LENGTH))
 
 
 def _bind(state: Mapping[str, Tensor], spaces: Spaces, size: int) -> None:

@@ -21,6 +21,11 @@ SMALLEST = 20
 """Positions of the shortest prompts: five edges, the fewest at which a lookahead of 2 fits."""
 
 
+def search_layout(size: int, spare: int) -> Layout:
+    """Prompts of as many edges as fit beside the tail."""
+    return Layout(size=size, n_edges=(size - len(TAIL)) // EDGE_LENGTH, spare=spare, tail=TAIL)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphSearch(GraphTask):
     """Prompts of one length over graphs of one distribution; a value that rebuilds its world."""
@@ -53,7 +58,7 @@ class GraphSearch(GraphTask):
     @property
     def layout(self) -> Layout:
         """Edges, then start and goal, then the start once more as the vertex to go on from."""
-        return Layout(size=self.size, n_edges=(self.size - len(TAIL)) // EDGE_LENGTH, spare=self.spare, tail=TAIL)
+        return search_layout(self.size, self.spare)
 
     @property
     def levels(self) -> range:

@@ -101,15 +101,16 @@ def optimisers_of(model: Transformer, config: TrainConfig) -> tuple[Optimizer, .
 
     Muon updates the matrices inside the blocks; embeddings, biases and LayerNorms keep AdamW, as its authors advise.
     """
-    shared = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    momentum = config.betas[0]
+    lr, weight_decay, momentum = config.learning_rate, config.weight_decay, config.betas[0]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimiser == "signum":
-        return (Signum(_by_decay(parameters, model, config), momentum=momentum, **shared),)
+        return (Signum(_by_decay(parameters, model, config), lr=lr, momentum=momentum, weight_decay=weight_decay),)
     inner = {id(matrix) for matrix in model.block_matrices} if config.optimiser == "muon" else set()
     rest = [parameter for parameter in parameters if id(parameter) not in inner]
-    adamw = AdamW(_by_decay(rest, model, config), betas=config.betas, fused=True, **shared)
-    return (Muon(model.block_matrices, momentum=momentum, **shared), adamw) if inner else (adamw,)
+    adamw = AdamW(_by_decay(rest, model, config), lr=lr, betas=config.betas, weight_decay=weight_decay, fused=True)
+    return (
+        (Muon(model.block_matrices, lr=lr, momentum=momentum, weight_decay=weight_decay), adamw) if inner else (adamw,)
+    )
 
 
 def _by_decay(parameters: list[nn.Parameter], model: Transformer, config: TrainConfig) -> list[dict[str, Any]]:
