@@ -36,8 +36,8 @@ class ProgramShape:
 class CategoricalHead:
     """Copies a variable from the nearest position whose key matches; from position 0 where none does.
 
-    A key matches if it equals `predicate[query]`. The nearest match is taken: at equal distance the earlier one, and the
-    query's own position only if no other matches.
+    A key matches if it equals `predicate[query]`. The nearest match is taken: at equal distance the earlier one, and
+    the query's own position only if no other matches.
     """
 
     query: int
