@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     trace = add("trace", "whether a search run merges paths: inputs explained, controls, causal test")
     _add_run(trace)
-    trace.add_argument("--inputs", type=int, default=25, help="test inputs of each lookahead")
+    trace.add_argument("--n", type=int, default=25, help="test inputs of each lookahead")
     trace.add_argument("--lookahead", type=int, help="one lookahead (default: each)")
     trace.add_argument("--seed", type=int, default=0, help="of the controls")
 

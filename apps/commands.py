@@ -233,7 +233,7 @@ def trace(options: argparse.Namespace) -> Printout:
     """Path merging in a search run, at one checkpoint or all."""
     from apps.tracing import COLUMNS, printed_rows, traces_of
 
-    arguments = {name: getattr(options, name) for name in ("inputs", "lookahead", "seed")}
+    arguments = {name: getattr(options, name) for name in ("n", "lookahead", "seed")}
     with share_bar(f"trace {options.run}") as on_progress:
         printout = _analyse(options, "path_traces", partial(traces_of, on_progress=on_progress), arguments)
     if options.checkpoint == "all":

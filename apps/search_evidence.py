@@ -83,7 +83,7 @@ def gather_search(run: Run) -> SearchEvidence:
     except WorkbenchError as error:
         left_out["reachability probe"] = str(error)
     try:
-        traces = traces_of(run, inputs=min(TRACED, search_task(run).test_size), lookahead=None)
+        traces = traces_of(run, n=min(TRACED, search_task(run).test_size), lookahead=None)
     except WorkbenchError as error:
         left_out["path merging"] = str(error)
     return SearchEvidence(

@@ -18,7 +18,7 @@ def traces_of(
     run: Run,
     step: int | None = None,
     *,
-    inputs: int,
+    n: int,
     lookahead: int | None,
     seed: int = 0,
     on_progress: Callable[[float], None] = lambda share: None,
@@ -28,7 +28,7 @@ def traces_of(
     Args:
         run: on graph search.
         step: checkpoint; None is the last.
-        inputs: how many of each lookahead.
+        n: how many of each lookahead.
         lookahead: None is every one that fits the prompts.
         seed: of the controls.
         on_progress: told the share that is done.
@@ -46,11 +46,11 @@ def traces_of(
         raise WorkbenchError(
             f"Prompts of size {task.size} have lookaheads 0 to {task.levels[-1]}, got {lookahead}. Choose one."
         )
-    if not 1 <= inputs <= task.test_size:
-        raise WorkbenchError(f"Each lookahead has 1 to {task.test_size} test inputs, got {inputs}. Choose fewer.")
+    if not 1 <= n <= task.test_size:
+        raise WorkbenchError(f"Each lookahead has 1 to {task.test_size} test inputs, got {n}. Choose fewer.")
     prompts = []
     for each in task.levels if lookahead is None else (lookahead,):
-        tokens = task.examples(f"test_{each}").tokens[:inputs]
+        tokens = task.examples(f"test_{each}").tokens[:n]
         prompts += [(each, SearchPrompt.read(row, task.layout)) for row in tokens]
     first = run.checkpoints[0].step
     if first != 0:

@@ -42,7 +42,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 def test_trace_prints_shares_controls_and_the_causal_test(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = printed(capsys, "trace", "wired", "--runs", str(runs), "--inputs", "2")
+    found = printed(capsys, "trace", "wired", "--runs", str(runs), "--n", "2")
     assert found["step"] == 1
     assert found["explained_strict"] == {"0": 1.0, "1": 1.0, "2": 1.0, "3": 1.0}
     assert found["controls"]["hand_built"] == 1
@@ -53,12 +53,12 @@ def test_trace_prints_shares_controls_and_the_causal_test(
     assert found["seconds"] > 0
     assert len(found["causal"]["conditions"]) == 9
     monkeypatch.setattr(tracing, "trace_inputs", lambda *args, **options: pytest.fail("was kept"))
-    again = printed(capsys, "trace", "wired", "--runs", str(runs), "--inputs", "2")
+    again = printed(capsys, "trace", "wired", "--runs", str(runs), "--n", "2")
     assert again["rows"] == found["rows"]
 
 
 def test_one_lookahead_of_one_checkpoint_as_text(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["trace", "wired", "--runs", str(runs), "--inputs", "1", "--checkpoint"]
+    arguments = ["trace", "wired", "--runs", str(runs), "--n", "1", "--checkpoint"]
     assert main([*arguments, "0", "--lookahead", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["variant", "lookahead", "n", "explained"]
@@ -76,8 +76,8 @@ def test_one_lookahead_of_one_checkpoint_as_text(runs: Path, capsys: pytest.Capt
     ("options", "message"),
     [
         (["--lookahead", "4"], "Prompts of size 26 have lookaheads 0 to 3, got 4."),
-        (["--inputs", "5"], "Each lookahead has 1 to 4 test inputs, got 5."),
-        (["--inputs", "0"], "Each lookahead has 1 to 4 test inputs, got 0."),
+        (["--n", "5"], "Each lookahead has 1 to 4 test inputs, got 5."),
+        (["--n", "0"], "Each lookahead has 1 to 4 test inputs, got 0."),
         (["--checkpoint", "7"], "step 7"),
     ],
 )
@@ -95,7 +95,7 @@ def test_another_task(runs_folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_without_a_first_checkpoint_there_is_no_control(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (runs / "wired" / "checkpoints").glob("step_00000000.*"):
         path.unlink()
-    assert main(["trace", "wired", "--runs", str(runs), "--inputs", "1"]) == 2
+    assert main(["trace", "wired", "--runs", str(runs), "--n", "1"]) == 2
     assert "needs the checkpoint of step 0; the first of 'wired' is 1" in capsys.readouterr().err
 
 
@@ -108,5 +108,5 @@ def test_several_heads(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load("wired", runs=runs).recipe.model
     model = Transformer(config, generator=generator(0, "heads"))
     save_checkpoint(run.folder, 0, model.state_dict(), ["imported"], dtype=torch.float32)
-    assert main(["trace", "wired", "--runs", str(runs), "--inputs", "1"]) == 2
+    assert main(["trace", "wired", "--runs", str(runs), "--n", "1"]) == 2
     assert "one head a layer; this one has 2. Train one with n_heads=1." in capsys.readouterr().err

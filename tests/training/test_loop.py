@@ -83,8 +83,13 @@ def test_first_step_is_decoupled_adamw_by_hand(tmp_path):
         assert torch.allclose(after[clear], by_hand[clear], atol=1e-6), name
 
 
+def test_the_learning_rate_rises_stays_and_falls_by_hand():
+    config = tiny("steps=8", "warmup_steps=2", "learning_rate=0.4", "cooldown=0.5").train
+    assert [config.rate(step) for step in range(8)] == pytest.approx([0.2, 0.4, 0.4, 0.4, 0.4, 0.3, 0.2, 0.1])
+
+
 OPTIONS = ["batch_size=32", "clip_norm=0.01", "loss_dtype=float32", "init_seed=1", "weight_decay=0", "warmup_steps=0",
-           "decay=matrices", "dropout=0.1", "init=gpt2"]  # fmt: skip
+           "decay=matrices", "dropout=0.1", "init=gpt2", "cooldown=0.5"]  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", [*OPTIONS, "betas=[0.5,0.9]", "learning_rate=0.003"])

@@ -199,6 +199,8 @@ def test_the_vocabulary_follows_the_task():
         ("dropout=1", "dropout must lie in \\[0, 1\\), got 1.0"),
         ("dropout=-0.1", "dropout must lie in"),
         ("dropout=NaN", "dropout must lie in"),
+        ("cooldown=1.5", "cooldown must be a share of the steps from 0 to 1, got 1.5"),
+        ("cooldown=NaN", "cooldown must be a share"),
         ("decay=biases", "is not of the kind"),
         ("init=zeros", "is not of the kind"),
     ],
@@ -211,7 +213,7 @@ def test_bad_settings_are_one_clear_error(setting, message):
 def test_a_run_from_before_an_option_was_there_is_what_it_was():
     content = load("gallery:modular").folder.recipe_json()
     assert "init" not in content["model"]
-    assert not {"dropout", "decay"} & set(content["train"])
+    assert not {"dropout", "decay", "cooldown"} & set(content["train"])
     recipe = Recipe.from_json(content)
     assert recipe.model.init == "fan_in"
     assert (recipe.train.dropout, recipe.train.decay) == (0.0, "all")

@@ -191,10 +191,9 @@ class Trainer:
     def step(self) -> None:
         """One update of the weights."""
         config = self.config
-        warm = min(1.0, (self.position.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * warm
+                group["lr"] = config.rate(self.position.step)
         own, count = self._draw()
         # Gradients of several processes are averaged: each gives its share times their number.
         loss = self.wrapped(own.plan, own.answers, count / self.accelerator.num_processes, self._draw_masks(own))

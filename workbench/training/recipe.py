@@ -66,6 +66,8 @@ class TrainConfig:
     """Decays of AdamW's running means of the gradient and of its square; the first is Muon's and Signum's momentum."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its value."""
+    cooldown: float = 0.0
+    """Share of the steps, the last ones, over which the learning rate falls linearly to 0."""
     batch_size: int | None = None
     """Examples a step, drawn at random, or fresh ones of a task that streams them; None takes the whole training split
     at every step.
@@ -117,6 +119,8 @@ class TrainConfig:
             raise WorkbenchError(f"clip_norm must be above 0, or null for none, got {self.clip_norm}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise WorkbenchError(f"betas must lie in [0, 1), got {self.betas}.")
+        if not 0 <= self.cooldown <= 1:
+            raise WorkbenchError(f"cooldown must be a share of the steps from 0 to 1, got {self.cooldown}.")
         if not 0 <= self.dropout < 1:
             raise WorkbenchError(f"dropout must lie in [0, 1), got {self.dropout}.")
         if self.grokfast is not None and not (0 <= self.grokfast[0] < 1 and 0 <= self.grokfast[1] < math.inf):
@@ -133,6 +137,13 @@ class TrainConfig:
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise WorkbenchError(f"Unknown {name} {getattr(self, name)!r}. Known: {', '.join(known)}.")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the update that leads from `step` to the next."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        cooling = self.cooldown * self.steps
+        cool = min(1.0, (self.steps - step) / cooling) if cooling else 1.0
+        return self.learning_rate * warm * cool
 
 
 @dataclass(frozen=True, kw_only=True)
