@@ -17,6 +17,7 @@ from apps.benchmarks import BENCHMARKS, _acdc, _curve, _eap_ig, _patching, run_b
 from circuits.memoised import circuit_values
 from workbench.models.config import ModelConfig
 from workbench.runtime import WorkbenchError
+from workbench.tasks.graph_search import GraphSearch
 
 TOY = ModelConfig(
     n_layers=2, d_model=16, n_heads=2, d_head=8, d_mlp=32, n_ctx=6, d_vocab=20, d_vocab_out=20, normalization="LN",
@@ -183,8 +184,10 @@ def test_a_curve_that_finds_something_else_is_caught(monkeypatch: pytest.MonkeyP
 
 
 def test_attention_effects_agree_with_one_pass_an_edit_on_a_toy_shape() -> None:
-    shape = {"n_layers": 2, "n_ctx": 8, "d_vocab": 7, "d_vocab_out": 7, "d_model": 16, "d_head": 16, "pad_token": 5}
-    toy = replace(benchmarks.SEARCH, **shape)
+    task = GraphSearch(size=20)
+    words = len(task.vocab)
+    shape = {"n_layers": 2, "n_ctx": 20, "d_vocab": words, "d_vocab_out": words, "d_model": 48, "d_head": 48}
+    toy = replace(benchmarks.SEARCH, **shape, pad_token=task.pad_token)
     result = measure(benchmarks._attention_effects("toy", toy), repeats=1, round_seconds=0)
     assert result.agrees
     assert result.ratio > 0

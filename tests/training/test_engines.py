@@ -70,10 +70,17 @@ def in_turn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
+def workers() -> list[psutil.Process]:
+    """The processes that train for this one, which other tests may have given servers and browsers too."""
+    children = psutil.Process().children()
+    alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in alive if "workbench.training.engines" in child.cmdline()]
+
+
 @pytest.fixture(autouse=True)
 def no_worker_is_left() -> Iterator[None]:
     yield
-    assert psutil.Process().children() == []
+    assert workers() == []
 
 
 def test_every_run_is_trained_to_its_end(in_turn: Path) -> None:
@@ -116,10 +123,10 @@ def ctrl_c() -> None:
 
 
 def kill_workers() -> list[int]:
-    children = psutil.Process().children()
-    for child in children:
-        child.kill()
-    return [child.pid for child in children]
+    found = workers()
+    for worker in found:
+        worker.kill()
+    return [worker.pid for worker in found]
 
 
 def test_a_sweep_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_curriculum_goes_up_with_each_batch_that_is_answered():
         assert max(found) == most
 
 
-@pytest.mark.parametrize("settings", [(), ("curriculum=0.1",)])
+@pytest.mark.parametrize("settings", [(), ("curriculum=0.1", "batch_size=32", "learning_rate=0.01")])
 def test_a_streamed_run_resumes_bit_identical(tmp_path, settings):
     recipe = tiny(*settings)
     unbroken = train(recipe, new_run("whole", tmp_path))
