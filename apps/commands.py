@@ -425,10 +425,10 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """A recipe in one row."""
     import torch
 
-    from workbench.models.transformer import Transformer
+    from workbench.models.kinds import build
 
     with torch.device("meta"):
-        model = Transformer(recipe.model, generator=None)
+        model = build(recipe.model, generator=None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"name": recipe.name, "parameters": parameters, "minutes": recipe.minutes, "shows": recipe.shows}
 

@@ -219,7 +219,7 @@ def untrained_model(run: Run) -> Transformer:
     if any(checkpoint.step == 0 for checkpoint in run.checkpoints) and run.recipe.train is not None:
         return run.model(0)
     seed = SEED if run.recipe.train is None else run.recipe.train.init_seed
-    return Transformer(run.recipe.model, generator=generator(seed, "init")).eval()
+    return Transformer(run.recipe.transformer, generator=generator(seed, "init")).eval()
 
 
 def draw_prompts(task: Task, n: int, split: str) -> Batch:

@@ -69,7 +69,7 @@ def describe_scale(task: Task, model: ModelConfig) -> str:
 def _story(evidence: ReasonerEvidence) -> Section:
     run, train = evidence.run, evidence.run.recipe.train
     steps = "" if train is None else f", {train.steps:,} steps at most"
-    scale = f"Scale: {describe_scale(run.task, run.recipe.model)}{steps}."
+    scale = f"Scale: {describe_scale(run.task, run.recipe.transformer)}{steps}."
     return Section(
         title="From memorising to generalising",
         text=f"{_delay(run)} {scale}\n\nAccuracies of whole splits, or of {MOST:,} prompts where a split has more, at "

@@ -90,7 +90,7 @@ def _name(run: Run) -> str:
 def _describe(recipe: Recipe) -> str:
     facts = {name: value for name, value in recipe.task.to_json().items() if isinstance(value, int | float | str)}
     task = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if name != "name")
-    model = recipe.model
+    model = recipe.transformer
     mlp = f"{model.d_mlp} neurons ({model.activation})" if model.d_mlp else "no MLP"
     layers = f"{model.n_layers} layer{'s' if model.n_layers > 1 else ''}"
     return (

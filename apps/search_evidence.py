@@ -105,7 +105,7 @@ def reachability_of(run: Run, step: int | None = None, *, n: int = PROBED, seed:
     """
     task = search_task(run)
     chosen = [_some(task.examples(f"test_{lookahead}"), n, seed) for lookahead in task.levels if lookahead]
-    untrained = Transformer(run.recipe.model, generator=generator(seed, "untrained")).eval()
+    untrained = Transformer(run.recipe.transformer, generator=generator(seed, "untrained")).eval()
     return reachability(run.model(step), task, join(chosen), untrained=untrained, seed=seed)
 
 

@@ -39,8 +39,8 @@ def _accuracy(evidence: SearchEvidence) -> Section:
         "right one from the wrong: at 0 there is no wrong one, at 1 the goal is a child or the wrong ones lead "
         f"nowhere, from {JUDGED} on there is something to search. None of the test graphs was in training. Chance is a "
         "child at random.\n\n"
-        f"Scale: {describe_scale(evidence.task, run.recipe.model)}{examples}. The paper's models have 6 layers, read "
-        "up to 41 edges and were given 883 million examples, with a sign-momentum optimiser at a learning rate of "
+        f"Scale: {describe_scale(evidence.task, run.recipe.transformer)}{examples}. The paper's models have 6 layers, "
+        "read up to 41 edges and were given 883 million examples, with a sign-momentum optimiser at a learning rate of "
         "0.00001: what is found here is found at this scale. One seed.",
         tables=(_accuracy_table(evidence),),
         references=(SAPAROV, "wilson1927probable"),

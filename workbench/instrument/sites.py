@@ -30,6 +30,7 @@ SCALE = ("batch", "pos", "one")
 HEADS = ("batch", "pos", "head", "d_head")
 ATTENTION = ("batch", "head", "dest", "src")
 NEURONS = ("batch", "pos", "d_mlp")
+NUMBERS = ("batch", "pos", "head")
 
 
 class SiteKind(Enum):
@@ -37,6 +38,8 @@ class SiteKind(Enum):
 
     embed = (RESID, "hook_embed")
     pos_embed = (RESID, "hook_pos_embed")
+    token_values = (HEADS, "hook_token_values")
+    position_values = (HEADS, "hook_position_values")
     resid_pre = (RESID, "blocks.{}.hook_resid_pre")
     ln1_scale = (SCALE, "blocks.{}.ln1.hook_scale")
     ln1_normalized = (RESID, "blocks.{}.ln1.hook_normalized")
@@ -46,6 +49,8 @@ class SiteKind(Enum):
     attn_scores = (ATTENTION, "blocks.{}.attn.hook_attn_scores")
     pattern = (ATTENTION, "blocks.{}.attn.hook_pattern")
     z = (HEADS, "blocks.{}.attn.hook_z")
+    sums = (NUMBERS, "blocks.{}.attn.hook_sums")
+    codes = (HEADS, "blocks.{}.mlp.hook_codes")
     attn_out = (RESID, "blocks.{}.hook_attn_out")
     resid_mid = (RESID, "blocks.{}.hook_resid_mid")
     ln2_scale = (SCALE, "blocks.{}.ln2.hook_scale")
@@ -78,6 +83,8 @@ class SiteKind(Enum):
         return list(SiteKind).index(self)
 
 
+PROGRAM_KINDS = (SiteKind.token_values, SiteKind.position_values, SiteKind.sums, SiteKind.codes)
+"""Variables of a Transformer Program, whose `z` are its categorical heads' variables; a head here is a variable."""
 SITE = re.compile(r"(?:L(?P<layer>\d+)\.)?(?P<kind>[a-z]\w*?)(?:\.h(?P<head>\d+)|\.n(?P<neuron>\d+))?")
 
 
@@ -126,8 +133,8 @@ class Site:
 
     @property
     def _depth(self) -> tuple[float, int, int, int]:
-        ends = {"embed": -1.0, "pos_embed": -1.0}
-        layer = ends.get(self.kind.name, float("inf")) if self.layer is None else float(self.layer)
+        first = self.kind.name in ("embed", "pos_embed", "token_values", "position_values")
+        layer = (-1.0 if first else float("inf")) if self.layer is None else float(self.layer)
         return layer, self.kind.rank, -1 if self.head is None else self.head, -1 if self.neuron is None else self.neuron
 
     @classmethod
@@ -270,6 +277,7 @@ def model_sites(config: Shape, *, normalized: bool, mlp: bool) -> tuple[Site, ..
     kinds = [
         kind
         for kind in SiteKind
+        if kind not in PROGRAM_KINDS
         if (normalized or not kind.name.startswith("ln")) and (mlp or kind.name not in ("pre", "post", "mlp_out"))
         if mlp or not kind.name.startswith("ln2")
     ]

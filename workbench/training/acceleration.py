@@ -18,23 +18,23 @@ from torch.nn import functional
 
 TINY = 1e-30
 
-Loss = Callable[[Float[Tensor, "reads vocab"], Int[Tensor, " reads"]], Float[Tensor, ""]]
-"""Logits and answers to the summed loss."""
+Loss = Callable[[Float[Tensor, "reads vocab"], Int[Tensor, " reads"]], Float[Tensor, " reads"]]
+"""Logits and answers to the loss of each."""
 
 
-def cross_entropy(logits: Float[Tensor, "reads vocab"], answers: Int[Tensor, " reads"]) -> Float[Tensor, ""]:
-    """Summed negative log-probability of the answers under the softmax."""
-    return functional.cross_entropy(logits, answers, reduction="sum")
+def cross_entropy(logits: Float[Tensor, "reads vocab"], answers: Int[Tensor, " reads"]) -> Float[Tensor, " reads"]:
+    """Negative log-probability of each answer under the softmax."""
+    return functional.cross_entropy(logits, answers, reduction="none")
 
 
-def stablemax(logits: Float[Tensor, "reads vocab"], answers: Int[Tensor, " reads"]) -> Float[Tensor, ""]:
-    """Summed negative log-probability of the answers under StableMax.
+def stablemax(logits: Float[Tensor, "reads vocab"], answers: Int[Tensor, " reads"]) -> Float[Tensor, " reads"]:
+    """Negative log-probability of each answer under StableMax.
 
     p = s / sum of s, where s(x) = x + 1 for x >= 0 and 1 / (1 - x) below, in place of the softmax's exponential.
     """
     # Clamped, for the branch not taken would divide by 0 at x = 1 and make the gradient NaN.
     scores = torch.where(logits >= 0, logits + 1, 1 / (1 - logits.clamp(max=0)))
-    return (scores.sum(-1).log() - scores.gather(-1, answers[:, None])[:, 0].log()).sum()
+    return scores.sum(-1).log() - scores.gather(-1, answers[:, None])[:, 0].log()
 
 
 LOSSES: Mapping[str, Loss] = {"cross_entropy": cross_entropy, "stablemax": stablemax}

@@ -10,12 +10,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench.models.program import TransformerProgram
+from workbench.models.program_config import ProgramConfig
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, code_version
 from workbench.store import Provenance, RunFolder, find_run, load_tensors, read_json, save_tensors, write_json
@@ -23,6 +25,7 @@ from workbench.tasks.base import Task
 from workbench.training.curves import TrainLog
 from workbench.training.recipe import Recipe
 
+ModelT = TypeVar("ModelT", Transformer, TransformerProgram)
 METRICS = "metrics.jsonl"
 MEASURES = "measures.jsonl"
 STATUS = "status.json"
@@ -109,9 +112,29 @@ class Run:
         )
 
     def model(self, step: int | None = None) -> Transformer:
-        """The model at a step, or at the end, ready to be looked into."""
+        """The transformer at a step, or at the end, ready to be looked into.
+
+        Raises:
+            WorkbenchError: the run learnt a Transformer Program.
+        """
+        return self._load(Transformer(self.recipe.transformer, generator=None), step)
+
+    def program(self, step: int | None = None) -> TransformerProgram:
+        """The Transformer Program at a step, or at the end, discretised.
+
+        Raises:
+            WorkbenchError: the run learnt a transformer.
+        """
+        config = self.recipe.model
+        if not isinstance(config, ProgramConfig):
+            raise WorkbenchError(
+                f"Run {self.reference!r} learnt a transformer, no Transformer Program. Train one: "
+                "`workbench train program-hist`."
+            )
+        return self._load(TransformerProgram(config, generator=None), step)
+
+    def _load(self, model: ModelT, step: int | None) -> ModelT:
         checkpoint = self.checkpoint(step)
-        model = Transformer(self.recipe.model, generator=None)
         try:
             model.load_state_dict(checkpoint.tensors())
         except RuntimeError as error:

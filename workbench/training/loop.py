@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from workbench.metrics import is_right
-from workbench.models.config import ModelConfig
-from workbench.models.fast import ReadPlan, read_logits
-from workbench.models.transformer import Transformer
+from workbench.models.fast import ReadPlan
+from workbench.models.kinds import Model, Reads, build, logits_at, plan_reads
+from workbench.models.program import Gumbel, TransformerProgram
 from workbench.runtime import WorkbenchError, generator, thread_count
 from workbench.store import RunFolder, load_tensors, save_tensors, write_json, writing
 from workbench.tasks.base import Batch, Streamed
@@ -54,37 +54,49 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state is saved."""
 
 
-class AnswerLoss(nn.Module):
-    """The model with its loss at the read positions, as one module to wrap."""
-
-    def __init__(self, model: Transformer, loss: Loss, loss_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-        self.loss_dtype = loss_dtype
-
-    def forward(self, plan: ReadPlan, answers: Int[Tensor, " reads"], total: float, masks: Masks) -> Float[Tensor, ""]:
-        """Summed loss of these rows, divided by `total`; with masks, what they drop is dropped."""
-        if masks:
-            logits = self.model(plan.tokens, as_edits(masks))[plan.example, plan.position]
-        else:
-            logits = read_logits(self.model, plan)
-        return self.loss(logits.to(self.loss_dtype), answers) / total
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Dataset:
     """A split on the device, with its plan."""
 
     batch: Batch
-    plan: ReadPlan
+    plan: ReadPlan | Reads
     answers: Int[Tensor, " reads"]
+    weights: Float[Tensor, " reads"]
+    """What each answer counts in the loss."""
 
     @classmethod
-    def of(cls, config: ModelConfig, batch: Batch) -> Dataset:
-        """The split, planned for a model of this shape."""
-        plan = ReadPlan.of(config, batch.tokens, batch.read)
-        return cls(batch=batch, plan=plan, answers=batch.targets[batch.read])
+    def of(cls, recipe: Recipe, batch: Batch) -> Dataset:
+        """The split, planned for the recipe's model."""
+        plan = plan_reads(recipe.model, batch.tokens, batch.read)
+        weights = torch.ones(len(plan.example), device=batch.read.device)
+        if recipe.trainable().average == "prompts":
+            # A prompt counts as much as its answers would if all had as many.
+            reads = batch.read.sum(1)
+            weights = reads.double().mean() / reads[plan.example]
+        return cls(batch=batch, plan=plan, answers=batch.targets[batch.read], weights=weights)
+
+
+class AnswerLoss(nn.Module):
+    """The model with its loss at the read positions, as one module to wrap."""
+
+    def __init__(self, model: Model, loss: Loss, loss_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.loss_dtype = loss_dtype
+
+    def forward(self, rows: Dataset, total: float, noise: Masks | Gumbel) -> Float[Tensor, ""]:
+        """Weighted sum of these rows' losses, divided by `total`, with what the noise drops or draws."""
+        plan = rows.plan
+        if isinstance(self.model, TransformerProgram):
+            assert isinstance(noise, Gumbel)
+            logits = self.model.relaxed(plan.tokens, noise)[plan.example, plan.position]
+        elif noise:
+            assert not isinstance(noise, Gumbel)
+            logits = self.model(plan.tokens, as_edits(noise))[plan.example, plan.position]
+        else:
+            logits = logits_at(self.model, plan)
+        return (rows.weights * self.loss(logits.to(self.loss_dtype), rows.answers)).sum() / total
 
 
 @dataclass(kw_only=True, slots=True)
@@ -130,14 +142,14 @@ class Trainer:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         self.config, self.position = recipe.trainable(), Position()
         config = self.config
-        self.model = Transformer(recipe.model, generator=generator(config.init_seed, "init"))
+        self.model = build(recipe.model, generator=generator(config.init_seed, "init"))
         dtype = {"float32": torch.float32, "float64": torch.float64}[config.loss_dtype]
         loss = AnswerLoss(self.model, LOSSES[config.loss], dtype)
         self.wrapped, *self.optimisers = accelerator.prepare(loss, *optimisers_of(self.model, config))
         self.slow_gradients: dict[str, Tensor] = {}
         self.train_split = recipe.task.examples(recipe.task.splits[0]).to(accelerator.device)
         self.splits = {
-            name: [Dataset.of(recipe.model, part) for part in _chunks(self._measured(name).to(accelerator.device))]
+            name: [Dataset.of(recipe, part) for part in _chunks(self._measured(name).to(accelerator.device))]
             for name in recipe.task.measured
         }
         self.own_rows = self._dealt(self.train_split) if config.batch_size is None else None
@@ -196,7 +208,7 @@ class Trainer:
                 group["lr"] = config.rate(self.position.step)
         own, count = self._draw()
         # Gradients of several processes are averaged: each gives its share times their number.
-        loss = self.wrapped(own.plan, own.answers, count / self.accelerator.num_processes, self._draw_masks(own))
+        loss = self.wrapped(own, count / self.accelerator.num_processes, self._draw_noise(own))
         for optimiser in self.optimisers:
             optimiser.zero_grad()
         self.accelerator.backward(loss)
@@ -294,21 +306,26 @@ class Trainer:
             batch = self.train_split.select(rows.to(self.train_split.tokens.device))
         return self._dealt(batch), int(batch.read.sum())
 
-    def _draw_masks(self, own: Dataset) -> Masks:
-        """This step's dropout for this process's rows.
+    def _draw_noise(self, own: Dataset) -> Masks | Gumbel:
+        """This step's dropout for this process's rows, or what a program's choices are drawn with.
 
         Every step has a stream of its own for every process, so that a state has none to hold.
         """
-        config = self.config
+        config, step = self.config, self.position.step
+        if isinstance(self.model, TransformerProgram):
+            # One draw of the program for all rows, wherever they are.
+            return Gumbel(
+                temperature=config.temperature_at(step), generator=generator(config.batch_seed, "gumbel", step)
+            )
         if not config.dropout:
             return {}
-        rng = generator(config.batch_seed, "dropout", self.position.step, self.accelerator.process_index)
+        rng = generator(config.batch_seed, "dropout", step, self.accelerator.process_index)
         return draw_masks(self.model, own.plan.tokens, config.dropout, rng)
 
     def _dealt(self, batch: Batch) -> Dataset:
         """This process's rows of a batch."""
         own = batch.select(slice(self.accelerator.process_index, None, self.accelerator.num_processes))
-        return Dataset.of(self.recipe.model, own)
+        return Dataset.of(self.recipe, own)
 
     def _measured(self, split: str) -> Batch:
         """The examples of a split whose loss is logged.
@@ -330,7 +347,7 @@ class Trainer:
             if self.stream is not None and self.config.curriculum is not None:
                 coming = self.stream.batch(self.position.step, self.position.rows)
                 row |= {"level": self.stream.level(self.position.rows)}
-                row |= _losses(self.model, NEXT_BATCH, [Dataset.of(self.recipe.model, coming)])
+                row |= _losses(self.model, NEXT_BATCH, [Dataset.of(self.recipe, coming)])
             row["sum_squared_weights"] = sum(float(p.double().square().sum()) for p in self.model.parameters())
         row["seconds"] = round(self.position.seconds, 3)
         self.position.rows.append(row)
@@ -384,10 +401,10 @@ def is_evaluation(step: int, config: TrainConfig) -> bool:
     return step % config.evaluate_every == 0 or step & (step - 1) == 0 or step == config.steps
 
 
-def _losses(model: Transformer, split: str, parts: list[Dataset]) -> dict[str, float]:
+def _losses(model: Model, split: str, parts: list[Dataset]) -> dict[str, float]:
     loss = correct = reads = 0.0
     for part in parts:
-        logits = read_logits(model, part.plan).double()
+        logits = logits_at(model, part.plan).double()
         loss += float(functional.cross_entropy(logits, part.answers, reduction="sum"))
         correct += float(is_right(logits.argmax(1), part.batch).sum())
         reads += len(part.answers)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from workbench.models.transformer import Transformer
+from workbench.models.kinds import Model
 
 if TYPE_CHECKING:
     from workbench.training.recipe import TrainConfig
@@ -96,7 +96,7 @@ def orthogonalise(matrix: Float[Tensor, "*batch n_in n_out"]) -> Float[Tensor, "
     return x.mT if tall else x
 
 
-def optimisers_of(model: Transformer, config: TrainConfig) -> tuple[Optimizer, ...]:
+def optimisers_of(model: Model, config: TrainConfig) -> tuple[Optimizer, ...]:
     """The optimiser that a recipe names, over all parameters that have a gradient.
 
     Muon updates the matrices inside the blocks; embeddings, biases and LayerNorms keep AdamW, as its authors advise.
@@ -113,7 +113,7 @@ def optimisers_of(model: Transformer, config: TrainConfig) -> tuple[Optimizer, .
     )
 
 
-def _by_decay(parameters: list[nn.Parameter], model: Transformer, config: TrainConfig) -> list[dict[str, Any]]:
+def _by_decay(parameters: list[nn.Parameter], model: Model, config: TrainConfig) -> list[dict[str, Any]]:
     """Parameters in groups of one weight decay each."""
     if config.decay == "all":
         return [{"params": parameters}]

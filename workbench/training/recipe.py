@@ -20,6 +20,7 @@ from typing import Any, Literal
 from beartype.door import is_bearable
 
 from workbench.models.config import ModelConfig
+from workbench.models.program_config import ProgramConfig
 from workbench.runtime import WorkbenchError, nearest
 from workbench.store import digest
 from workbench.tasks.base import Streamed, Task
@@ -30,6 +31,7 @@ from workbench.tasks.graph_search import GraphSearch
 from workbench.tasks.graph_traces import DepthFirst, SelectionInference
 from workbench.tasks.modular import Modular
 from workbench.tasks.pairs import Pairs
+from workbench.tasks.sequences import Sequences
 
 TASKS: dict[str, type] = {
     task.name: task
@@ -42,6 +44,7 @@ TASKS: dict[str, type] = {
         GraphSearch,
         DepthFirst,
         SelectionInference,
+        Sequences,
     )
 }
 
@@ -86,6 +89,11 @@ class TrainConfig:
 
     What is logged stays the cross-entropy, so that runs compare.
     """
+    average: Literal["answers", "prompts"] = "answers"
+    """Whether every answer counts as much in the loss, or every prompt, by the mean over its answers."""
+    temperature: tuple[float, float] | None = None
+    """Temperature of a Transformer Program's choices at the first step and at the last, geometric in between; None for
+    other models."""
     loss_dtype: Literal["float32", "float64"] = "float64"
     """Precision of the loss. In float32 cross-entropies below 1e-7 are lost and training slingshots."""
     grokfast: tuple[float, float] | None = None
@@ -123,6 +131,10 @@ class TrainConfig:
             raise WorkbenchError(f"cooldown must be a share of the steps from 0 to 1, got {self.cooldown}.")
         if not 0 <= self.dropout < 1:
             raise WorkbenchError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        if self.temperature is not None and not all(0 < value < math.inf for value in self.temperature):
+            raise WorkbenchError(
+                f"temperature must be two numbers above 0, such as [3.0, 0.01], got {self.temperature}."
+            )
         if self.grokfast is not None and not (0 <= self.grokfast[0] < 1 and 0 <= self.grokfast[1] < math.inf):
             raise WorkbenchError(
                 "grokfast must be null, or alpha in [0, 1) and lambda at least 0, such as [0.98, 2.0], "
@@ -133,10 +145,17 @@ class TrainConfig:
             "decay": ("all", "matrices"),
             "loss": ("cross_entropy", "stablemax"),
             "loss_dtype": ("float32", "float64"),
+            "average": ("answers", "prompts"),
         }
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise WorkbenchError(f"Unknown {name} {getattr(self, name)!r}. Known: {', '.join(known)}.")
+
+    def temperature_at(self, step: int) -> float:
+        """Temperature of a program's choices at a step."""
+        assert self.temperature is not None
+        first, last = self.temperature
+        return first * (last / first) ** (step / max(1, self.steps - 1))
 
     def rate(self, step: int) -> float:
         """Learning rate of the update that leads from `step` to the next."""
@@ -152,7 +171,7 @@ class Recipe:
 
     name: str
     task: Task
-    model: ModelConfig
+    model: ModelConfig | ProgramConfig
     train: TrainConfig | None
     """None for a model that came trained."""
     shows: str
@@ -182,11 +201,29 @@ class Recipe:
                 f"Recipe {self.name!r}: task {self.task.name!r} has no levels for a curriculum. "
                 "Set train.curriculum=null."
             )
+        if self.train is not None and (self.train.temperature is not None) != isinstance(self.model, ProgramConfig):
+            raise WorkbenchError(
+                f"Recipe {self.name!r}: train.temperature belongs to Transformer Programs, which need one such as "
+                "[3.0, 0.01], and to no other model."
+            )
+        if self.train is not None and self.train.dropout and isinstance(self.model, ProgramConfig):
+            raise WorkbenchError(f"Recipe {self.name!r}: a Transformer Program has no dropout. Set train.dropout=0.")
         if self.model.n_ctx < len(self.task.position_labels):
             raise WorkbenchError(
                 f"Recipe {self.name!r}: prompts have {len(self.task.position_labels)} positions, "
                 f"the model reads {self.model.n_ctx}. Raise model.n_ctx."
             )
+
+    @property
+    def transformer(self) -> ModelConfig:
+        """Its model's shape, where that is a transformer.
+
+        Raises:
+            WorkbenchError: it is a Transformer Program.
+        """
+        if isinstance(self.model, ProgramConfig):
+            raise WorkbenchError(f"Recipe {self.name!r} learns a Transformer Program; this is for transformers.")
+        return self.model
 
     def with_seed(self, seed: int) -> Recipe:
         """The recipe with one seed for world (where the task draws one), initial weights and batches."""
@@ -213,9 +250,11 @@ class Recipe:
             changes[part][field.name] = _read_value(key, text, _hints(getattr(self, part))[field.name])
         task = _replace_fields(self.task, changes["task"])
         size, silent = len(task.vocab), self.model.d_vocab - self.model.d_vocab_out
-        vocabulary: dict[str, int | None] = (
+        vocabulary: dict[str, Any] = (
             {} if size == self.model.d_vocab else {"d_vocab": size, "d_vocab_out": size - silent}
         )
+        if isinstance(task, Sequences) and isinstance(self.model, ProgramConfig):
+            vocabulary |= {"outputs": task.outputs, "d_vocab_out": size}
         if self.model.pad_token is not None and self.model.pad_token == self.task.pad_token:
             vocabulary["pad_token"] = task.pad_token
         model = replace(self.model, **{**vocabulary, **changes["model"]})
@@ -277,7 +316,7 @@ class Recipe:
             return cls(
                 name=content["name"],
                 task=_task_from_json(_with_tuples(content["task"])),
-                model=ModelConfig(**_with_tuples(content["model"])),
+                model=_model_from_json(_with_tuples(content["model"])),
                 train=None if content["train"] is None else TrainConfig(**_with_tuples(content["train"])),
                 shows=content["shows"],
                 minutes=content["minutes"],
@@ -298,6 +337,10 @@ class Recipe:
         if len(matches) > 1:
             raise WorkbenchError(f"Setting {key!r} is ambiguous: say {' or '.join(matches)}.")
         return known[matches[0]]
+
+
+def _model_from_json(content: Mapping[str, Any]) -> ModelConfig | ProgramConfig:
+    return ProgramConfig(**content) if "cardinality" in content else ModelConfig(**content)
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from workbench.models.config import ModelConfig
 from workbench.runtime import WorkbenchError, nearest
 from workbench.tasks.modular import Modular
+from workbench.training.program_recipes import PROGRAMS
 from workbench.training.reasoner_recipes import REASONERS
 from workbench.training.recipe import Recipe, TrainConfig, import_file
 from workbench.training.search_recipes import SEARCHES
@@ -62,6 +63,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "modular-paper": modular_paper,
     **REASONERS,
     **SEARCHES,
+    **PROGRAMS,
 }
 
 
