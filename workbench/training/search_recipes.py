@@ -1,8 +1,9 @@
 """Recipes of search transformers (Saparov et al. 2025), small and at scale.
 
 The model is the paper's: one-hot tokens and positions side by side, one head as wide as the stream, MLPs no wider, tied
-unembedding, attention in both directions. What differs from the paper: AdamW at a high learning rate, which a small
-model needs to learn in minutes, and graphs of a few edges.
+unembedding, attention in both directions. What differs from the paper: graphs of a few edges; and, so that a small
+model learns in minutes, AdamW at a high learning rate that cools down at the end, and the lookaheads one after another.
+With all from the start, two of three seeds were still guessing at lookahead 2 or 3 after as many steps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from workbench.models.config import ModelConfig
 from workbench.tasks.graph_search import GraphSearch
 from workbench.training.recipe import Recipe, TrainConfig
 
+CURRICULUM = 0.95
+"""Accuracy on a batch not yet trained on, from which the next lookahead is given too."""
 SCRATCH = 16
 """Dimensions of the stream that hold neither a token nor a position."""
 
@@ -24,19 +27,20 @@ def search_smoke() -> Recipe:
         search(),
         name="search-smoke",
         task=GraphSearch(size=26, test_size=300),
-        train=_training(steps=300, evaluate_every=50),
+        train=_training(steps=300, evaluate_every=50, curriculum=None),
         shows="Proves the pipeline: lookaheads 0 and 1, where the goal is next to the start, are nearly learnt.",
         minutes=0.5,
     )
 
 
 def search() -> Recipe:
-    """Balanced graphs of up to 7 edges: lookaheads 0 to 3 fall into place one after another."""
+    """Balanced graphs of up to 7 edges: lookahead 1 first, and one more each time a fresh batch is answered at 0.95."""
     return _one_hot(
         "search",
         GraphSearch(size=26),
         layers=3,
         shows="Answers at every lookahead from 0 to 3, on graphs that it was never given; each is learnt in turn.",
+        curriculum=CURRICULUM,
     )
 
 
@@ -71,15 +75,15 @@ def search_learned() -> Recipe:
     )
 
 
-def search_curriculum() -> Recipe:
-    """As search, with lookahead 1 first, and one more each time a fresh batch is answered at 0.99."""
+def search_at_once() -> Recipe:
+    """As search, with all lookaheads from the start, as in the paper."""
     recipe = search()
     assert recipe.train is not None
     return replace(
         recipe,
-        name="search-curriculum",
-        train=replace(recipe.train, curriculum=0.99),
-        shows="As search, each lookahead given once those before it are learnt.",
+        name="search-at-once",
+        train=replace(recipe.train, curriculum=None),
+        shows="Learns lookaheads 0 and 1, and then, by the luck of the seed, those beyond.",
     )
 
 
@@ -90,9 +94,10 @@ def search_32() -> Recipe:
         GraphSearch(size=32),
         layers=4,
         shows="Answers at lookaheads 0 to 3, then at 4, which takes as long as the others together.",
+        curriculum=CURRICULUM,
     )
     assert recipe.train is not None
-    return replace(recipe, train=replace(recipe.train, steps=9000, evaluate_every=250))
+    return replace(recipe, train=replace(recipe.train, steps=9000))
 
 
 def search_paper() -> Recipe:
@@ -104,11 +109,11 @@ def search_paper() -> Recipe:
         shows="The published curves: near 1.00 at every lookahead from 0 to 20. Never run by us.",
     )
     assert recipe.train is not None
-    train = replace(recipe.train, steps=862_000, batch_size=1024, learning_rate=3e-4, evaluate_every=2000)
+    train = replace(recipe.train, steps=862_000, batch_size=1024, learning_rate=3e-4, cooldown=0.0, evaluate_every=2000)
     return replace(recipe, train=train)
 
 
-def _one_hot(name: str, task: GraphSearch, *, layers: int, shows: str) -> Recipe:
+def _one_hot(name: str, task: GraphSearch, *, layers: int, shows: str, curriculum: float | None = None) -> Recipe:
     width = len(task.vocab) + SCRATCH + task.size
     model = ModelConfig(
         n_layers=layers,
@@ -121,24 +126,26 @@ def _one_hot(name: str, task: GraphSearch, *, layers: int, shows: str) -> Recipe
         d_vocab_out=len(task.vocab),
         normalization="LN",
         embedding="one_hot",
-        init="uniform",
         tied=True,
         biases=("attn", "mlp"),
         causal=False,
         pad_token=task.pad_token,
     )
-    return Recipe(name=name, task=task, model=model, train=_training(steps=6000, evaluate_every=100), shows=shows)
+    train = _training(steps=6000, evaluate_every=100, curriculum=curriculum)
+    return Recipe(name=name, task=task, model=model, train=train, shows=shows)
 
 
-def _training(*, steps: int, evaluate_every: int) -> TrainConfig:
+def _training(*, steps: int, evaluate_every: int, curriculum: float | None) -> TrainConfig:
     return TrainConfig(
         steps=steps,
         evaluate_every=evaluate_every,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         weight_decay=0.01,
-        betas=(0.9, 0.999),
+        betas=(0.9, 0.98),
         warmup_steps=50,
-        batch_size=256,
+        cooldown=0.2,
+        batch_size=512,
+        curriculum=curriculum,
         clip_norm=1.0,
         stop_when_clean=False,
     )
@@ -151,6 +158,6 @@ SEARCHES: dict[str, Callable[[], Recipe]] = {
     "search-naive": search_naive,
     "search-star": search_star,
     "search-learned": search_learned,
-    "search-curriculum": search_curriculum,
+    "search-at-once": search_at_once,
     "search-paper": search_paper,
 }
