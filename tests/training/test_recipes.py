@@ -6,7 +6,7 @@ import jaxtyping
 import pytest
 
 from workbench.models.config import ModelConfig
-from workbench.models.transformer import Transformer
+from workbench.models.kinds import build
 from workbench.runtime import WorkbenchError
 from workbench.store import new_run
 from workbench.tasks import complex_comparison
@@ -80,7 +80,7 @@ def test_shipped_recipes_build_and_survive_json(name):
     recipe = find_recipe(name)
     assert recipe.name == name
     assert recipe.shows
-    Transformer(recipe.model, generator=None)
+    build(recipe.model, generator=None)
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
@@ -93,8 +93,10 @@ def test_a_world_that_takes_seconds_is_not_built_with_its_recipe():
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("-smoke")])
 def test_smoke_recipes_train(name, tmp_path):
-    # One-hot embeddings need the width that they have.
-    narrow = [] if find_recipe(name).model.embedding == "one_hot" else ["d_model=16", "n_heads=1", "d_head=16"]
+    model = find_recipe(name).model
+    # One-hot embeddings need the width that they have; programs have no other.
+    free = isinstance(model, ModelConfig) and model.embedding == "learned"
+    narrow = ["d_model=16", "n_heads=1", "d_head=16"] if free else []
     recipe = find_recipe(name).override(["steps=3", "d_mlp=16", *narrow])
     run = train(recipe, new_run(name, tmp_path))
     assert [row["step"] for row in run.log.rows] == [0, 1, 2, 3]
@@ -201,6 +203,8 @@ def test_the_vocabulary_follows_the_task():
         ("dropout=NaN", "dropout must lie in"),
         ("cooldown=1.5", "cooldown must be a share of the steps from 0 to 1, got 1.5"),
         ("cooldown=NaN", "cooldown must be a share"),
+        ("average=tokens", "is not of the kind"),
+        ("temperature=[3.0,0.01]", "train.temperature belongs to Transformer Programs"),
         ("decay=biases", "is not of the kind"),
         ("init=zeros", "is not of the kind"),
     ],

@@ -108,7 +108,7 @@ class DiscreteProgram:
     layers: tuple[Layer, ...]
     W_categorical: Float64[np.ndarray, "variable value output"]
     """What each value of each categorical variable adds to the logits."""
-    W_numerical: Float64[np.ndarray, "variable output"]
+    W_numerical: Float64[np.ndarray, "number output"]
     """What one of each numerical variable adds to the logits."""
     allowed: tuple[bool, ...]
     """Whether a class may be the output; the largest allowed logit wins, the first of equals."""

@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float64, Int64
 from workbench.models.discrete import CategoricalHead, DiscreteProgram, NumericalHead
 
 Tokens = Int64[np.ndarray, "batch pos"]
-Numbers = Int64[np.ndarray, "batch pos variable"]
+Categorical = Int64[np.ndarray, "batch pos variable"]
+Numerical = Int64[np.ndarray, "batch pos number"]
 Sees = Bool[np.ndarray, "batch dest src"]
 
 
-def run_program(program: DiscreteProgram, tokens: Tokens) -> tuple[Numbers, Numbers]:
+def run_program(program: DiscreteProgram, tokens: Tokens) -> tuple[Categorical, Numerical]:
     """The categorical and the numerical variables at every position, in the order of `workbench.models.discrete`."""
     place = np.broadcast_to(np.arange(tokens.shape[1])[None, :, None], (*tokens.shape, 1))
     categorical = np.concatenate([program.embedding[tokens], place], 2)
@@ -47,12 +48,12 @@ def _sees(program: DiscreteProgram, tokens: Tokens) -> Sees:
     return np.tril(sees) if program.shape.causal else sees
 
 
-def _matches(head: CategoricalHead | NumericalHead, categorical: Numbers, sees: Sees) -> Sees:
+def _matches(head: CategoricalHead | NumericalHead, categorical: Categorical, sees: Sees) -> Sees:
     wanted = head.predicate[categorical[:, :, head.query]]
     return (wanted[:, :, None] == categorical[:, None, :, head.key]) & sees
 
 
-def _copied(head: CategoricalHead, categorical: Numbers, sees: Sees) -> Int64[np.ndarray, "batch pos"]:
+def _copied(head: CategoricalHead, categorical: Categorical, sees: Sees) -> Int64[np.ndarray, "batch pos"]:
     matches = _matches(head, categorical, sees)
     n = sees.shape[1]
     place = np.arange(n)
@@ -65,6 +66,6 @@ def _copied(head: CategoricalHead, categorical: Numbers, sees: Sees) -> Int64[np
 
 
 def _summed(
-    head: NumericalHead, categorical: Numbers, numerical: Numbers, sees: Sees
+    head: NumericalHead, categorical: Categorical, numerical: Numerical, sees: Sees
 ) -> Int64[np.ndarray, "batch pos"]:
     return (_matches(head, categorical, sees) * numerical[:, None, :, head.value]).sum(2)

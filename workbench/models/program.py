@@ -10,9 +10,9 @@ its most likely value, and the model is one of `workbench.models.discrete`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,12 +41,8 @@ CERTAIN = 10.0
 """Logit of a token's own value, and minus that of the others, where tokens are not coded."""
 
 
-class Choice(Protocol):
-    """How a distribution becomes a value: (nearly) one-hot along the last dimension."""
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Weights of the values."""
-        ...
+Choice = Callable[[Tensor], Tensor]
+"""How distributions become values: logits to (nearly) one-hot weights along the last dimension."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -176,7 +176,7 @@ def pairs_of_names(rng: Generator, count: int, letters: int, longest: int) -> tu
     return np.where(starts[:, None], shifted[:, :longest], woven[:, :longest]), np.full(count, longest)
 
 
-def _counts(letters: Letters, length: Lengths, n: int) -> Letters:
+def _counts(letters: Letters, length: Lengths, n: int) -> Int64[np.ndarray, "sequence letter"]:
     present = np.arange(letters.shape[1]) < length[:, None]
     return ((letters[:, :, None] == np.arange(n)) & present[:, :, None]).sum(1)
 

@@ -1,0 +1,212 @@
+"""The Transformer Program against the definition of what it becomes, and its heads by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from circuits.patching import patch_each
+from workbench.instrument.passes import run
+from workbench.instrument.sites import Site
+from workbench.instrument.trace import FromTrace, Patch
+from workbench.models.discrete import CategoricalHead, DiscreteProgram, Layer, NumericalHead, ProgramShape
+from workbench.models.interpreter import program_logits, run_program
+from workbench.models.program import Gumbel, TransformerProgram, most_likely
+from workbench.models.program_config import ProgramConfig
+from workbench.runtime import WorkbenchError, generator
+from workbench.tasks.sequences import Sequences
+
+HIST = Sequences(size=200)
+
+
+def config_of(task, **fields):
+    sizes = {"n_layers": 2, "categorical_heads": 2, "numerical_heads": 2, "categorical_mlps": 1, "numerical_mlps": 1}
+    return ProgramConfig(
+        **{
+            **sizes,
+            "cardinality": max(8, task.n_ctx),
+            "n_ctx": task.n_ctx,
+            "d_vocab": len(task.vocab),
+            "d_vocab_out": len(task.vocab),
+            "outputs": task.outputs,
+            "pad_token": task.pad_token,
+            "causal": task.causal,
+            **fields,
+        }
+    )
+
+
+def model_of(task, seed=0, **fields):
+    return TransformerProgram(config_of(task, **fields), generator=generator(seed, "init"))
+
+
+def as_numbers(one_hot):
+    return one_hot.argmax(-1).numpy()
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    function=st.sampled_from(["hist", "reverse", "dyck", "induction"]),
+    layers=st.integers(1, 3),
+    heads=st.tuples(*[st.integers(0, 2)] * 4).filter(any),
+    coded=st.booleans(),
+)
+def test_the_discretised_model_is_its_program(seed, function, layers, heads, coded):
+    sizes = {"reverse": (5, 8), "hist": (6, 8), "dyck": (4, 10), "induction": (8, 10)}
+    letters, n_ctx = sizes[function]
+    task = Sequences(function=function, letters=letters, n_ctx=n_ctx, size=60)
+    names = ("categorical_heads", "numerical_heads", "categorical_mlps", "numerical_mlps")
+    shape = {"n_layers": layers, **dict(zip(names, heads, strict=True)), "cardinality": 10}
+    columns = {"coded": True, "columns": 2} if coded else {}
+    model = model_of(task, seed, **shape, **columns)
+    batch = task.examples("train")
+    logits = model.forward(batch.tokens).detach()
+    program = model.discrete_program(tuple(task.vocab))
+    wanted = torch.from_numpy(program_logits(program, batch.tokens.numpy())).clamp_min(-1e30)
+    real = batch.tokens != task.pad_token
+    assert torch.allclose(logits[real], wanted[real], atol=1e-12)
+    # And every variable on the way, which the sites show.
+    trace = run(model, batch.tokens, record=model.sites)
+    categorical, numerical = run_program(program, batch.tokens.numpy())
+    shown = [
+        as_numbers(trace[str(site)]) for site in model.sites if site.kind.name in ("token_values", "position_values")
+    ]
+    for layer in range(layers):
+        shown += [
+            as_numbers(trace[f"L{layer}.{kind}"])
+            for kind in ("z", "codes")
+            if Site.parse(f"L{layer}.{kind}") in model.sites
+        ]
+    assert np.array_equal(np.concatenate(shown, 2)[real.numpy()], categorical[real.numpy()])
+    sums = [trace[f"L{layer}.sums"].numpy() for layer in range(layers) if heads[1]]
+    assert np.array_equal(
+        np.concatenate([np.ones_like(numerical[..., :1]), *sums], 2)[real.numpy()], numerical[real.numpy()]
+    )
+
+
+def by_hand(layer, *, causal=False):
+    votes = np.zeros((2 + len(layer.categorical_heads), 8, 8))
+    return DiscreteProgram(
+        shape=ProgramShape(cardinality=8, n_ctx=8, causal=causal),
+        vocab=tuple("abcdef") + ("<pad>", "<s>"),
+        classes=tuple("abcdef") + ("<pad>", "<s>"),
+        pad_token=6,
+        embedding=np.arange(8)[:, None],
+        layers=(layer,),
+        W_categorical=votes,
+        W_numerical=np.zeros((1 + len(layer.numerical_heads), 8)),
+        allowed=(True,) * 8,
+    )
+
+
+def layer_of(*heads, numerical=()):
+    return Layer(categorical_heads=heads, numerical_heads=numerical, categorical_mlps=(), numerical_mlps=())
+
+
+SAME_TOKEN = CategoricalHead(query=0, key=0, value=1, predicate=np.arange(8))
+
+
+def test_the_nearest_match_is_taken_the_earlier_of_two_and_oneself_last():
+    # <s> a b a a c: places 0 to 5.
+    tokens = np.array([[7, 0, 1, 0, 0, 2, 6]])
+    found, _ = run_program(by_hand(layer_of(SAME_TOKEN)), tokens)
+    # a at 1: 3 before 4. b alone: itself. a at 3: 4 at distance 1, not 1 at distance 2. a at 4: 3. c alone, <s> alone.
+    assert found[0, :6, 2].tolist() == [0, 3, 2, 4, 3, 5]
+    # Two matches at distance 2 from place 3: the earlier one, and not the position itself.
+    tokens = np.array([[7, 0, 1, 0, 2, 0]])
+    assert run_program(by_hand(layer_of(SAME_TOKEN)), tokens)[0][0, 3, 2] == 1
+    # Causal: nothing later is there.
+    assert run_program(by_hand(layer_of(SAME_TOKEN), causal=True), tokens)[0][0, 1:, 2].tolist() == [1, 2, 1, 4, 3]
+
+
+def test_without_a_match_position_0_is_taken():
+    nowhere = replace_predicate(SAME_TOKEN, np.full(8, 5))
+    found, _ = run_program(by_hand(layer_of(nowhere)), np.array([[7, 0, 1]]))
+    assert found[0, :, 2].tolist() == [0, 0, 0]
+
+
+def replace_predicate(head, predicate):
+    return replace(head, predicate=predicate)
+
+
+def test_numbers_are_summed_over_all_matches_oneself_too():
+    count = NumericalHead(query=0, key=0, value=0, predicate=np.arange(8))
+    _, found = run_program(by_hand(layer_of(numerical=(count,))), np.array([[7, 0, 1, 0, 0, 6, 6]]))
+    assert found[0, :5, 1].tolist() == [1, 3, 1, 3, 3]
+
+
+def test_the_tie_rule_of_the_published_emitter_is_another():
+    # The published one costs oneself as many places as there are matches: 2 here, and so the match at distance 3 loses.
+    tokens = np.array([[7, 0, 1, 1, 0]])
+    assert run_program(by_hand(layer_of(SAME_TOKEN)), tokens)[0][0, 1, 2] == 4
+
+
+@pytest.mark.parametrize("function", ["reverse", "hist"])
+def test_the_batch_changes_no_logits(function):
+    task = Sequences(function=function, letters=5, size=100)
+    model = model_of(task)
+    batch = task.examples("train")
+    together = model.forward(batch.tokens)
+    alone = torch.cat([model.forward(row[None]) for row in batch.tokens])
+    assert torch.equal(together, alone)
+    # Nor does what stands behind padding, that nobody sees.
+    for row in range(5):
+        length = int((batch.tokens[row] != task.pad_token).sum())
+        short = model.forward(batch.tokens[row : row + 1, :length])
+        assert torch.allclose(short[0], together[row, :length], atol=1e-12)
+
+
+def test_cold_choices_are_the_most_likely_ones():
+    rng = generator(0, "gumbel")
+    logits = torch.tensor([[0.0, 4.0, 1.0], [30.0, 0.0, 0.0]])
+    assert torch.equal(most_likely(logits), torch.tensor([[0.0, 1, 0], [1, 0, 0]]))
+    warm = Gumbel(temperature=3.0, generator=rng)(logits)
+    assert torch.allclose(warm.sum(-1), torch.ones(2))
+    assert 0.05 < float(warm[0].min()) < float(warm[0].max()) < 0.95
+    # A sample's most likely value is drawn by the softmax of the logits (Gumbel-max).
+    cold = Gumbel(temperature=0.01, generator=rng)(logits[:1].expand(20_000, 3)).argmax(-1)
+    shares = cold.bincount(minlength=3) / len(cold)
+    assert torch.allclose(shares, logits[0].softmax(-1), atol=0.015)
+
+
+def test_a_variable_can_be_patched():
+    task = HIST
+    # With these weights the heads and the MLPs read what one letter changes.
+    model = model_of(task, seed=2, n_layers=1)
+    batch = task.sample(12, split="test", seed=0)
+    clean, corrupt = (run(model, tokens, record=model.sites) for tokens in (batch.tokens, batch.corrupt))
+    whole = [Patch(site=Site.parse(name), source=FromTrace(corrupt)) for name in ("token_values", "position_values")]
+    assert torch.equal(run(model, batch.tokens, patches=whole).logits, corrupt.logits)
+    one = Patch(site=Site.parse("L0.z"), source=FromTrace(corrupt))
+    assert not torch.equal(run(model, batch.tokens, patches=[one]).logits, clean.logits)
+    # The MLPs of the layer see what the heads were changed to.
+    changed = run(
+        model, batch.tokens, patches=[Patch(site=Site.parse("L0.sums"), source=FromTrace(corrupt))], record=["L0.codes"]
+    )
+    assert not torch.equal(changed["L0.codes"], clean["L0.codes"])
+    effects = patch_each(model, batch, sites="L0.z,L0.sums,L0.codes", direction="denoise")
+    assert len(effects.tables())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_layers": 0}, "n_layers must be at least 1"),
+        ({"numerical_heads": -1}, "numerical_heads must be at least 0"),
+        ({"cardinality": 4}, "8 of them need a cardinality of at least 8, got 4"),
+        ({"columns": 2}, "not coded has one variable"),
+        ({"outputs": (99,)}, "outputs must be among the 10 words"),
+        ({"pad_token": 50}, "pad_token 50 is outside"),
+        (
+            {"categorical_heads": 0, "numerical_heads": 0, "categorical_mlps": 0, "numerical_mlps": 0},
+            "computes nothing",
+        ),
+    ],
+)
+def test_bad_shapes_are_one_clear_error(fields, message):
+    with pytest.raises(WorkbenchError, match=message):
+        config_of(HIST, **fields)
