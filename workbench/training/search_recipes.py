@@ -97,7 +97,7 @@ def search_32() -> Recipe:
         curriculum=CURRICULUM,
     )
     assert recipe.train is not None
-    return replace(recipe, train=replace(recipe.train, steps=9000))
+    return replace(recipe, train=replace(recipe.train, steps=12_000))
 
 
 def search_paper() -> Recipe:
@@ -131,7 +131,7 @@ def _one_hot(name: str, task: GraphSearch, *, layers: int, shows: str, curriculu
         causal=False,
         pad_token=task.pad_token,
     )
-    train = _training(steps=6000, evaluate_every=100, curriculum=curriculum)
+    train = _training(steps=9000, evaluate_every=100, curriculum=curriculum)
     return Recipe(name=name, task=task, model=model, train=train, shows=shows)
 
 
@@ -143,7 +143,7 @@ def _training(*, steps: int, evaluate_every: int, curriculum: float | None) -> T
         weight_decay=0.01,
         betas=(0.9, 0.98),
         warmup_steps=50,
-        cooldown=0.2,
+        cooldown=0.15,
         batch_size=512,
         curriculum=curriculum,
         clip_norm=1.0,
