@@ -145,6 +145,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(reason)
     reason.add_argument("--n", type=int, default=300, help="prompts of each split to average over")
 
+    decompile = add("decompile", "a Transformer Program as a readable Python module that says the same")
+    _add_run(decompile)
+    decompile.add_argument("--out", type=Path, required=True, metavar="FILE.py", help="where to write it")
+    decompile.add_argument(
+        "--budget", type=float, default=0.0, help="accuracy that may be lost to a shorter module (default: 0, none)"
+    )
+
     trace = add("trace", "whether a search run merges paths: inputs explained, controls, causal test")
     _add_run(trace)
     trace.add_argument("--n", type=int, default=25, help="test inputs of each lookahead")

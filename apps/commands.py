@@ -48,6 +48,7 @@ def recipes(options: argparse.Namespace) -> Printout:
 def train(options: argparse.Namespace) -> Printout:
     """Train a recipe, or go on with a run."""
     from apps.analyses import measure
+    from apps.programs import by_answer
     from apps.searching import by_lookahead
     from workbench.training.loop import train as train_recipe
 
@@ -66,6 +67,7 @@ def train(options: argparse.Namespace) -> Printout:
         **{f"{split}_loss": last[f"{split}_loss"] for split in ("train", "test")},
         **accuracies(run),
         **by_lookahead(run),
+        **by_answer(run),
         "step_memorised": run.log.step_memorised,
         "step_generalised": run.log.step_generalised,
         **{name: run.status[name] for name in ("reason", "threads", "repeatable")},
@@ -227,6 +229,18 @@ def reason(options: argparse.Namespace) -> Printout:
     # As text the last checkpoint's rows: those of all are for programs.
     last = [row for row in printout.content["rows"] if row["step"] in (None, run.checkpoint().step)]
     return replace(printout, text=as_lines(scalars(printout.content)) + "\n\n" + as_columns(last, tuple(last[0])))
+
+
+def decompile(options: argparse.Namespace) -> Printout:
+    """A Transformer Program as a Python module."""
+    from apps.programs import decompile_run
+    from workbench.training.checkpoints import load
+
+    with stopwatch() as clock:
+        found = decompile_run(load(options.run, runs=options.runs), _step(options.checkpoint), budget=options.budget)
+        write_atomic(options.out, found.text.encode())
+    content = {"run": options.run, "out": str(options.out), **found.summary(), **clock}
+    return Printout(content=content, text=as_lines(content))
 
 
 def trace(options: argparse.Namespace) -> Printout:

@@ -122,6 +122,22 @@ def student_of(values: Float[Tensor, " unit"]) -> Estimate:
     return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
 
 
+def answer_scores(right: Bool[Tensor, "example pos"], read: Bool[Tensor, "example pos"]) -> tuple[Estimate, Estimate]:
+    """Share of the answers that are right, and of the examples with no wrong one.
+
+    Answers of one example are right or wrong together, so that the first interval is a bootstrap over examples; the
+    second is Wilson's.
+
+    Args:
+        right: whether an answer is right, where it is read.
+        read: where answers are.
+    """
+    numerator, denominator = ((right & read).sum(1).double(), read.sum(1).double())
+    low, high = ratio_bootstrap(numerator, denominator)
+    share = Estimate(mean=float(numerator.sum() / denominator.sum()), low=float(low), high=float(high))
+    return share, share_of((right | ~read).all(1))
+
+
 def sign_flip_pvalue(
     differences: Float[Tensor, " example *cells"], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Float[Tensor, " *cells"]:

@@ -1,0 +1,1 @@
+"""A discrete program as a text that a person reads and a machine runs."""
