@@ -104,7 +104,7 @@ class Interface:
     longest: int
 
 
-class _Names:
+class Names:
     """What each variable is called, and how its values are written."""
 
     def __init__(self, program: DiscreteProgram, ranges: Ranges) -> None:
@@ -134,7 +134,7 @@ class _Names:
 
 def emit_python(program: DiscreteProgram, ranges: Ranges, live: Live, interface: Interface) -> str:
     """The module's text."""
-    names = _Names(program, ranges)
+    names = Names(program, ranges)
     body, parts = [], []
     if not names.plain:
         codes = {program.vocab[token]: program.embedding[token].tolist() for token in _framed(interface)}
@@ -178,7 +178,7 @@ def _framed(interface: Interface) -> list[int]:
     return [*range(interface.letters), interface.begin, *ends]
 
 
-def _parts(program: DiscreteProgram, ranges: Ranges, live: Live, names: _Names) -> list[tuple[str, str]]:
+def _parts(program: DiscreteProgram, ranges: Ranges, live: Live, names: Names) -> list[tuple[str, str]]:
     """A line of the body and a function for each part that lives, in the order in which they run."""
     found = []
     at, number = program.embedding.shape[1] + 1, 1
@@ -204,7 +204,7 @@ def _parts(program: DiscreteProgram, ranges: Ranges, live: Live, names: _Names) 
 
 
 def _head(
-    function: str, name: str, values: str, head: CategoricalHead | NumericalHead, ranges: Ranges, names: _Names
+    function: str, name: str, values: str, head: CategoricalHead | NumericalHead, ranges: Ranges, names: Names
 ) -> tuple[str, str]:
     query, key = names.categorical[head.query], names.categorical[head.key]
     line = f"{name} = {function}({query}, {key}, {values}, wanted_by_{name})"
@@ -212,7 +212,7 @@ def _head(
     return line, f"{head_line}\n{_indented(_predicate(head, ranges, names))}"
 
 
-def _predicate(head: CategoricalHead | NumericalHead, ranges: Ranges, names: _Names) -> str:
+def _predicate(head: CategoricalHead | NumericalHead, ranges: Ranges, names: Names) -> str:
     """The body of the function from a query to the key that it wants: in closed form, or by cases."""
     keys = ranges.values[head.key]
     wanted = {
@@ -239,7 +239,7 @@ def _predicate(head: CategoricalHead | NumericalHead, ranges: Ranges, names: _Na
 
 
 def _forms(
-    asked: Mapping[int, int], found: set[int], head: CategoricalHead | NumericalHead, names: _Names
+    asked: Mapping[int, int], found: set[int], head: CategoricalHead | NumericalHead, names: Names
 ) -> list[tuple[Callable[[int], int], str]]:
     """Functions that may be what a predicate does, simplest first, and how they are written."""
     forms: list[tuple[Callable[[int], int], str]] = [
@@ -257,7 +257,7 @@ def _forms(
     return forms
 
 
-def _table(name: str, mlp: CategoricalTable, ranges: Ranges, names: _Names) -> tuple[str, str]:
+def _table(name: str, mlp: CategoricalTable, ranges: Ranges, names: Names) -> tuple[str, str]:
     first, second = mlp.reads
     pairs = list(product(sorted(ranges.values[first]), sorted(ranges.values[second])))
     if first == second:
@@ -271,7 +271,7 @@ def _table(name: str, mlp: CategoricalTable, ranges: Ranges, names: _Names) -> t
     )
 
 
-def _counts(name: str, mlp: NumericalMLP, ranges: Ranges, names: _Names) -> tuple[str, str]:
+def _counts(name: str, mlp: NumericalMLP, ranges: Ranges, names: Names) -> tuple[str, str]:
     first, second = mlp.reads
     pairs = cells(mlp, ranges.numbers)
     if pairs is None:
@@ -330,7 +330,7 @@ def _cases(subject: str, results: Mapping[str, str], default: str) -> str:
     return "\n".join([*lines, f"return {default}"])
 
 
-def _votes(program: DiscreteProgram, ranges: Ranges, live: Live, names: _Names) -> tuple[list[str], list[str]]:
+def _votes(program: DiscreteProgram, ranges: Ranges, live: Live, names: Names) -> tuple[list[str], list[str]]:
     """What is summed at each position, and the tables that it is looked up in."""
     allowed = np.flatnonzero(program.allowed)
     terms, tables = [], []

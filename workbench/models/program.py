@@ -29,7 +29,7 @@ from workbench.models.discrete import (
     ProgramShape,
 )
 from workbench.models.program_config import ProgramConfig
-from workbench.runtime import code_version
+from workbench.runtime import WorkbenchError, code_version
 from workbench.store import Provenance
 
 NEVER = -1e30
@@ -269,6 +269,24 @@ class TransformerProgram(nn.Module):
         allowed = torch.zeros(self.config.d_vocab_out, dtype=torch.bool, device=device)
         allowed[list(self.config.outputs)] = True
         return allowed
+
+
+def variable_site(config: ProgramConfig, place: int) -> Site:
+    """The site of a categorical variable, by its place among all of them in the order of `workbench.models.discrete`.
+
+    Raises:
+        WorkbenchError: there are not so many.
+    """
+    if place < config.columns:
+        return Site(kind=SiteKind.token_values, head=place)
+    if place == config.columns:
+        return Site(kind=SiteKind.position_values, head=0)
+    layer, at = divmod(place - config.columns - 1, max(1, config.written))
+    if layer >= config.n_layers or config.written == 0:
+        raise WorkbenchError(f"This program has no categorical variable {place}.")
+    if at < config.categorical_heads:
+        return Site(kind=SiteKind.z, layer=layer, head=at)
+    return Site(kind=SiteKind.codes, layer=layer, head=at - config.categorical_heads)
 
 
 def _edited(edits: Mapping[Site, Edit], site: Site, tensor: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""Page Program: what a Transformer Program computes of a sequence of one's own, and the program itself."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from apps.ui import state
+from apps.ui.program_questions import Opened, answers, is_program, module_of, open_program, variables
+from workbench.runtime import WorkbenchError
+from workbench.training.checkpoints import Run
+
+BUDGETS = (0.0, 0.001, 0.01, 0.05)
+
+
+def page() -> None:
+    """The page."""
+    st.title("Program")
+    run = state.choose_run(first=next(iter(_programs()), None))
+    if not is_program(run):
+        _offer_programs(run)
+        return
+    with st.sidebar:
+        step = state.choose_step(run)
+    with state.user_errors_shown():
+        opened = open_program(run, step)
+        _stepper(opened)
+        _module(run, step)
+        state.copy_as_python(
+            f"from circuits.decompile.decompiled import decompile\nfrom workbench import load\n\n"
+            f"run = load({run.reference!r})\nprint(decompile(run.program({step}), run.task).text)"
+        )
+
+
+def _stepper(opened: Opened) -> None:
+    """Every variable at every position of the typed sequence, one of which may be changed."""
+    task = opened.task
+    if st.session_state.get("program_run") != opened.run.reference and "sequence" not in st.query_params:
+        st.session_state["sequence"] = task.decode(task.examples("test").tokens[0].tolist())
+    st.session_state["program_run"] = opened.run.reference
+    help_text = f"Up to {task.longest} letters of {' '.join(task.inputs[: task.letters])}"
+    text = st.text_input("Sequence", key="sequence", bind="query-params", help=help_text) or ""
+    shown = variables(opened, text)
+    st.caption("What the program says at each letter, beside what is right.")
+    st.dataframe(answers(opened, text, _choose_change(opened, len(shown.columns))), width="stretch")
+    st.subheader("Variables", divider="gray")
+    st.dataframe(shown, width="stretch")
+    st.caption("A row is a variable in the order in which they are computed, a column a position; sums come last.")
+
+
+def _choose_change(opened: Opened, length: int) -> tuple[int, int, int] | None:
+    """A variable, a position and a value to put there."""
+    with st.expander("Change a variable"):
+        names = opened.names.categorical
+        left, middle, right = st.columns(3)
+        variable = left.selectbox("Variable", range(len(names)), format_func=names.__getitem__, key="variable")
+        position = middle.selectbox("Position", range(length), key="position", index=min(1, length - 1))
+        values = sorted(opened.ranges.values[variable])
+        value = right.selectbox(
+            "Value", [None, *values], key="value",
+            format_func=lambda each: "as it is" if each is None else opened.names.value(variable, each),
+        )  # fmt: skip
+    return None if value is None else (variable, position, value)
+
+
+def _module(run: Run, step: int) -> None:
+    """The Python module, by the accuracy that may be lost to it."""
+    st.subheader("As Python", divider="gray")
+    budget = st.select_slider(
+        "Accuracy that may be lost to a shorter program", BUDGETS, format_func="{:.1%}".format, key="budget"
+    )
+    found = module_of(run.reference, step, run.checkpoint(step).sha256, budget)
+    left, middle, right, last = st.columns(4)
+    left.metric("Lines", found.lines, found.lines - found.lines_unsimplified, delta_color="inverse")
+    estimate = found.accuracy
+    middle.metric("Test accuracy", f"{estimate.mean:.4f}", help=f"95 %: {estimate.low:.4f} to {estimate.high:.4f}")
+    right.metric("Whole sequences right", f"{found.sequence_accuracy.mean:.4f}", help=f"n = {found.n:,}")
+    last.metric("Answers as the model's", f"{found.agreement:.4f}", help=f"On {found.checked:,} sequences")
+    everything = "every sequence there is" if found.exhaustive else f"{found.checked:,} sequences"
+    st.caption(f"The module was run on {everything} and says what the program says on each.")
+    st.download_button("Download", found.text, file_name=f"{run.recipe.name.replace('-', '_')}.py", key="module")
+    if len(found.frontier):
+        st.dataframe(found.frontier, width="stretch", hide_index=True)
+    st.code(found.text, language="python", height=520)
+
+
+def _programs() -> list[str]:
+    """Runs that learnt a program."""
+    found = []
+    for reference in state.references():
+        try:
+            run = state.open_run(reference)
+        except WorkbenchError:
+            # Not a run any more; the page Runs says what it lacks.
+            continue
+        if is_program(run):
+            found.append(reference)
+    return found
+
+
+def _offer_programs(run: Run) -> None:
+    """Say that this run is no program, and offer those that are."""
+    known = _programs()
+    state.missing(
+        f"Run {run.reference!r} learnt no Transformer Program; this page shows those that did. "
+        + ("Choose one in the sidebar." if known else "Train one: `workbench train program-smoke`, or on page Train.")
+    )
