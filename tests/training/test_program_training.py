@@ -90,7 +90,7 @@ def test_tokens_that_are_not_coded_stay_what_they_are(tmp_path):
 
 def test_models_of_another_kind_are_refused(tmp_path):
     run = train(tiny("steps=1"), new_run("a", tmp_path))
-    with pytest.raises(WorkbenchError, match="learns a Transformer Program; this is for transformers"):
+    with pytest.raises(WorkbenchError, match="learns a Transformer Program, and this is for transformers"):
         run.model()
     with pytest.raises(WorkbenchError, match="learnt a transformer, no Transformer Program"):
         load("gallery:modular").program()

@@ -222,7 +222,10 @@ class Recipe:
             WorkbenchError: it is a Transformer Program.
         """
         if isinstance(self.model, ProgramConfig):
-            raise WorkbenchError(f"Recipe {self.name!r} learns a Transformer Program; this is for transformers.")
+            raise WorkbenchError(
+                f"Recipe {self.name!r} learns a Transformer Program, and this is for transformers: use "
+                "`run.program()`, `workbench decompile` or the page Program."
+            )
         return self.model
 
     def with_seed(self, seed: int) -> Recipe:

@@ -40,8 +40,9 @@ def _stepper(opened: Opened) -> None:
     help_text = f"Up to {task.longest} letters of {' '.join(task.inputs[: task.letters])}"
     text = st.text_input("Sequence", key="sequence", bind="query-params", help=help_text) or ""
     shown = variables(opened, text)
+    change = _choose_change(opened, len(shown.columns))
+    st.dataframe(answers(opened, text, change), width="stretch")
     st.caption("What the program says at each letter, beside what is right.")
-    st.dataframe(answers(opened, text, _choose_change(opened, len(shown.columns))), width="stretch")
     st.subheader("Variables", divider="gray")
     st.dataframe(shown, width="stretch")
     st.caption("A row is a variable in the order in which they are computed, a column a position; sums come last.")
