@@ -51,6 +51,7 @@ def test_a_curriculum_goes_up_with_each_batch_that_is_answered():
     drawn = stream(curriculum=0.9)
     assert drawn.level([]) == 1
     assert drawn.level(rows(0.5, 0.9, 0.89, 1.0)) == 3
+    assert drawn.level(rows(*[1.0] * 9)) == tiny().task.hardest == 3
     assert stream().level(rows(1.0)) is None
     task = tiny().task
     for log, most in (([], 1), (rows(0.9), 2), (rows(1, 1), 3), (rows(1, 1, 1, 1, 1), 3)):

@@ -227,6 +227,11 @@ class Task(Protocol):
 class Streamed(Protocol):
     """A task whose training never repeats: a step's examples are drawn when it comes."""
 
+    @property
+    def hardest(self) -> int:
+        """The hardest level of training."""
+        ...
+
     def stream(self, n: int, *, seed: int | torch.Generator, level: int | None = None) -> Batch:
         """`n` fresh training examples, the same ones for the same seed; no harder than the level, if one is given."""
         ...

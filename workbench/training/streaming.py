@@ -42,4 +42,6 @@ class ExampleStream:
     def level(self, rows: Sequence[Mapping[str, Any]]) -> int | None:
         """Where the curriculum stands: one level up for each batch that was answered before it was trained on."""
         threshold = self.config.curriculum
-        return None if threshold is None else 1 + sum(row[f"{NEXT_BATCH}_accuracy"] >= threshold for row in rows)
+        if threshold is None:
+            return None
+        return min(self.task.hardest, 1 + sum(row[f"{NEXT_BATCH}_accuracy"] >= threshold for row in rows))
