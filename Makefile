@@ -66,6 +66,10 @@ gallery: setup ## trains the gallery's runs anew, minutes each; delete workbench
 	$(BIN)/python -m apps.gallery gallery-composition-shared composition-shared 8
 	$(BIN)/workbench train comparison --run gallery-comparison
 	$(BIN)/python -m apps.gallery gallery-comparison comparison 12
+	$(BIN)/workbench train search --seed 1 --run gallery-search
+	$(BIN)/python -m apps.gallery gallery-search search 12
+	$(BIN)/workbench train program-hist --run gallery-hist
+	$(BIN)/python -m apps.gallery gallery-hist hist 6
 
 clean: ## removes .venv and the caches; keeps runs/
 	rm -rf $(VENV) .lock-venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,4 +1,4 @@
-"""Put a finished run into the gallery: thinned, in half precision, with its whole log.
+"""Put a finished run into the gallery: thinned, with its whole log; transformers in half precision.
 
     python -m apps.gallery RUN NAME [CHECKPOINTS]
 
@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from workbench.models.program_config import ProgramConfig
 from workbench.runtime import WorkbenchError
 from workbench.store import GALLERY, RunFolder
 from workbench.training.checkpoints import Run, export, load
@@ -31,7 +32,9 @@ def add_to_gallery(run: Run, name: str, *, checkpoints: int = CHECKPOINTS) -> Ru
     if target.path.exists():
         raise WorkbenchError(f"The gallery already has {name!r} at {target.path}. Delete it first.")
     target.path.mkdir(parents=True)
-    export(run, target, count=checkpoints, dtype=torch.float16)
+    # A program is small, and rounding may move its most likely choices.
+    dtype = torch.float32 if isinstance(run.recipe.model, ProgramConfig) else torch.float16
+    export(run, target, count=checkpoints, dtype=dtype)
     return target
 
 

@@ -22,10 +22,10 @@ from workbench.runtime import WorkbenchError, generator
 from workbench.store import Provenance
 from workbench.tables import Table
 from workbench.tasks.base import Batch
-from workbench.tasks.sequences import BEGIN, END, Sequences
+from workbench.tasks.sequences import BEGIN, END, LARGEST_DOMAIN, Sequences
 
-MOST = 20_000
-"""Sequences that the module is run on: the whole domain where it has no more."""
+MOST = LARGEST_DOMAIN
+"""Sequences that the module is run on, at most."""
 AT_ONCE = 4096
 Run = Callable[[Sequence[str]], list[str]]
 
@@ -50,6 +50,8 @@ class Decompiled:
     """Sequences on which the module was found to answer like the program that it was written from."""
     exhaustive: bool
     """Whether these are all there are."""
+    domain_accuracy: float | None
+    """Share of the right answers on all sequences there are; None where these were not checked."""
     frontier: pd.DataFrame
     """Accuracy on the validation split by how many variables' votes were left out."""
     n: int
@@ -80,7 +82,7 @@ class Decompiled:
             "n": self.n,
         }
         sizes = {name: getattr(self, name) for name in ("lines", "lines_unsimplified", "literals")}
-        proof = {name: getattr(self, name) for name in ("agreement", "exhaustive", "checked")}
+        proof = {name: getattr(self, name) for name in ("agreement", "exhaustive", "checked", "domain_accuracy")}
         return {**sizes, **scores, **proof}
 
 
@@ -121,6 +123,7 @@ def decompile(model: TransformerProgram, task: Sequences, *, budget: float = 0.0
         agreement=float((said == _answers_of(whole, batch))[read].mean()),
         checked=len(batch),
         exhaustive=exhaustive,
+        domain_accuracy=float((said == batch.targets.numpy())[read].mean()) if exhaustive else None,
         frontier=_frontier(steps),
         n=len(test),
         provenance=model.provenance,
@@ -148,19 +151,13 @@ def _module(program: DiscreteProgram, task: Sequences) -> str:
 
 
 def _sequences(task: Sequences, seed: int) -> tuple[Batch, bool]:
-    """The whole domain where it is small enough, else sequences of all splits and lengths."""
+    """The whole domain where it is small enough, else the training split, of which at most `MOST`."""
     try:
-        domain = task.examples("domain")
+        return task.examples("domain"), True
     except WorkbenchError:
-        domain = task.examples("train")
-        return _some(domain, seed), False
-    return _some(domain, seed), len(domain) <= MOST
-
-
-def _some(batch: Batch, seed: int) -> Batch:
-    if len(batch) <= MOST:
-        return batch
-    return batch.select(torch.randperm(len(batch), generator=generator(seed, "decompile"))[:MOST].sort().values)
+        drawn = task.examples("train")
+    rows = torch.randperm(len(drawn), generator=generator(seed, "decompile"))[:MOST].sort().values
+    return drawn.select(rows), False
 
 
 def _answers_of(program: DiscreteProgram, batch: Batch) -> np.ndarray:

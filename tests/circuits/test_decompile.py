@@ -66,6 +66,7 @@ def test_a_module_says_what_its_program_says(seed, function, layers, heads, code
     assert found.checked == len(task.examples("domain" if function in ("reverse", "hist") else "train"))
     assert found.exhaustive == (function in ("reverse", "hist"))
     assert found.agreement == 1
+    assert (found.domain_accuracy is not None) == found.exhaustive
     assert found.lines == found.lines_unsimplified == len(found.text.splitlines())
     imported = {each.module for each in ast.walk(ast.parse(found.text)) if isinstance(each, ast.ImportFrom)}
     assert imported <= {"__future__", "collections.abc", "typing"}
