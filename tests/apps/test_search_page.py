@@ -56,8 +56,10 @@ def test_the_page_opens_on_a_run_that_searches(app_on: AppOn, searches_folder: P
     app = app_on("search", searches_folder)
     assert not app.exception
     assert not app.error
-    assert app.sidebar.selectbox(key="run").value in ("doubling", "searching")
-    assert app.text_input(key="graph").value == search_questions.example(TASK, "balanced", 3, 0)
+    assert app.sidebar.selectbox(key="run").value == "gallery:search"
+    task = load("gallery:search").task
+    assert isinstance(task, GraphSearch)
+    assert app.text_input(key="graph").value == search_questions.example(task, "balanced", 3, 0)
     assert "(lookahead 3)" in texts(app)
 
 
