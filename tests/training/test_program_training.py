@@ -2,11 +2,13 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 from workbench.models.interpreter import program_logits
+from workbench.models.kinds import build
 from workbench.models.program import Gumbel
 from workbench.runtime import WorkbenchError, generator
 from workbench.store import new_run
@@ -86,6 +88,31 @@ def test_tokens_that_are_not_coded_stay_what_they_are(tmp_path):
         run.task.examples("test").tokens, Gumbel(temperature=1.0, generator=generator(0, "g"))
     )
     assert torch.isfinite(noisy).all()
+
+
+def test_padding_changes_nothing_in_the_ordinary_transformer():
+    recipe = find_recipe("sequences-transformer").override(["size=100", "n_layers=2", "d_mlp=16"])
+    model = build(recipe.model, generator=generator(0, "init"))
+    batch = recipe.task.examples("train")
+    together = model.forward(batch.tokens)
+    for row in range(8):
+        length = int((batch.tokens[row] != recipe.task.pad_token).sum())
+        alone = model.forward(batch.tokens[row : row + 1])
+        short = model.forward(batch.tokens[row : row + 1, :length])
+        assert torch.allclose(alone[0], together[row], atol=1e-5)
+        assert torch.allclose(short[0], together[row, :length], atol=1e-5)
+    # Mutant: a model that sees padding.
+    seeing = build(replace(recipe.model, pad_token=None), generator=generator(0, "init"))
+    whole = seeing.forward(batch.tokens)
+    padded = int((batch.tokens == recipe.task.pad_token).any(1).nonzero()[0])
+    length = int((batch.tokens[padded] != recipe.task.pad_token).sum())
+    short = seeing.forward(batch.tokens[padded : padded + 1, :length])
+    assert not torch.allclose(short[0], whole[padded, :length], atol=1e-3)
+
+
+def test_the_transformer_follows_the_task():
+    recipe = find_recipe("sequences-transformer").override(["function=sort", "letters=5"])
+    assert (recipe.model.d_vocab, recipe.model.d_vocab_out, recipe.model.pad_token) == (8, 8, 5)
 
 
 def test_models_of_another_kind_are_refused(tmp_path):

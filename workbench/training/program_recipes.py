@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from workbench.models.config import ModelConfig
 from workbench.models.program_config import ProgramConfig
 from workbench.tasks.sequences import Sequences
 from workbench.training.recipe import Recipe, TrainConfig
@@ -27,6 +28,7 @@ def program_smoke() -> Recipe:
     return replace(
         recipe,
         train=replace(recipe.train, steps=600, batch_size=256, evaluate_every=100),
+        minutes=0.3,
         shows="Proves the pipeline: counts letters, nearly always rightly, by one numerical head.",
     )
 
@@ -141,6 +143,45 @@ def program_induction() -> Recipe:
     )
 
 
+def sequences_transformer() -> Recipe:
+    """An ordinary transformer on the same sequences, padding masked: what programs are compared with."""
+    task = Sequences()
+    model = ModelConfig(
+        n_layers=2,
+        d_model=64,
+        n_heads=4,
+        d_head=16,
+        d_mlp=256,
+        n_ctx=task.n_ctx,
+        d_vocab=len(task.vocab),
+        d_vocab_out=len(task.vocab),
+        normalization="LN",
+        activation="gelu",
+        biases=("attn", "mlp", "unembed"),
+        causal=task.causal,
+        pad_token=task.pad_token,
+    )
+    train = TrainConfig(
+        steps=2000,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        batch_size=256,
+        warmup_steps=100,
+        cooldown=0.2,
+        average="prompts",
+        evaluate_every=200,
+        stop_when_clean=False,
+    )
+    return Recipe(
+        name="sequences-transformer",
+        task=task,
+        model=model,
+        train=train,
+        shows="Counts letters almost without a mistake; `--set function=sort` and so on for the other tasks.",
+        minutes=1.5,
+    )
+
+
 def _program(
     name: str,
     task: Sequences,
@@ -203,4 +244,5 @@ PROGRAMS: dict[str, Callable[[], Recipe]] = {
     "program-dyck1": program_dyck1,
     "program-dyck2": program_dyck2,
     "program-induction": program_induction,
+    "sequences-transformer": sequences_transformer,
 }

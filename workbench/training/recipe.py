@@ -257,7 +257,7 @@ class Recipe:
             {} if size == self.model.d_vocab else {"d_vocab": size, "d_vocab_out": size - silent}
         )
         if isinstance(task, Sequences) and isinstance(self.model, ProgramConfig):
-            vocabulary |= {"outputs": task.outputs, "d_vocab_out": size}
+            vocabulary |= {"outputs": task.outputs, "d_vocab_out": size, "causal": task.causal}
         if self.model.pad_token is not None and self.model.pad_token == self.task.pad_token:
             vocabulary["pad_token"] = task.pad_token
         model = replace(self.model, **{**vocabulary, **changes["model"]})
