@@ -28,7 +28,7 @@ from workbench.tasks.base import Batch
 from workbench.tasks.modular import Modular
 from workbench.training.checkpoints import MEASURES, Run
 
-PATCH_SITES = "resid_pre,attn_out,mlp_out,z"
+PATCH_SITES = "resid_pre,attn_out,mlp_out,z,sums,codes"
 PAIRS = 64
 TUNED_PROMPTS = 1000
 LENS_SITES = "L0.resid_pre,resid_post"
@@ -59,7 +59,7 @@ def patch_of(
     metric: str = "logit_difference",
 ) -> PatchMap:
     """Activation patching over pairs of a split; of the default sites those that the model has."""
-    model = run.model(step)
+    model = run.instrumented(step)
     kinds = {site.kind.name for site in model.sites}
     usual = ",".join(kind for kind in PATCH_SITES.split(",") if kind in kinds)
     return patch_each(

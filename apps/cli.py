@@ -109,7 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     patch = add("patch", "activation patching over sites and positions")
     _add_run(patch)
     _add_pairs(patch)
-    patch.add_argument("--sites", default="resid_pre,attn_out,mlp_out,z", help="kinds or sites, comma-separated")
+    patch.add_argument(
+        "--sites", default="resid_pre,attn_out,mlp_out,z,sums,codes", help="kinds or sites, comma-separated"
+    )
     patch.add_argument("--direction", choices=("denoise", "noise", "both"), default="both")
     patch.add_argument("--metric", default="logit_difference")
 

@@ -81,6 +81,14 @@ def test_a_module_is_written_and_runs_alone(
     assert len(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()) == 3
 
 
+def test_variables_are_patched(programs_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--runs", str(programs_folder), "--n", "4", "--direction", "denoise", "--json"]
+    assert main(["patch", "counts", *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sites = {cell["site"] for cell in found["cells"]}
+    assert {"L0.z.h0", "L0.z.h1", "L0.codes.h0", "L0.codes.h1", "L0.sums.h0", "L0.sums.h1"} == sites
+
+
 def test_what_cannot_be_decompiled_is_one_line(
     programs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

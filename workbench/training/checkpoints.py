@@ -133,6 +133,10 @@ class Run:
             )
         return self._load(TransformerProgram(config, generator=None), step)
 
+    def instrumented(self, step: int | None = None) -> Transformer | TransformerProgram:
+        """The model at a step, or at the end, whichever it is: what patching needs."""
+        return self.program(step) if isinstance(self.recipe.model, ProgramConfig) else self.model(step)
+
     def _load(self, model: ModelT, step: int | None) -> ModelT:
         checkpoint = self.checkpoint(step)
         try:
