@@ -1,5 +1,6 @@
 """Page Runs: one run in full, two beside each other, and a model of one's own that is imported and patched."""
 
+import contextlib
 import csv
 import io
 import re
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, TimeoutError, expect
 from safetensors.torch import save_file
 
 from apps.analyses import lens_of
@@ -201,9 +202,13 @@ def test_two_runs_are_compared_and_the_link_says_so(runs_page: Page) -> None:
     page = runs_page
     settled(page)
     compared = page.get_by_role("combobox", name="Compare with")
-    compared.fill("other")
-    # The list may be drawn later than the key comes: what is clicked is there.
-    page.get_by_role("option", name="other", exact=True).click()
+    option = page.get_by_role("option", name="other", exact=True)
+    # A page that is drawn again takes back what was typed: it is typed until the option is there.
+    for _ in range(5):
+        compared.fill("other")
+        with contextlib.suppress(TimeoutError):
+            option.click(timeout=8000)
+            break
     expect(page.locator(".js-plotly-plot")).to_be_visible()
     expect(page.get_by_text("other · test").first).to_be_visible()
     expect(page.get_by_text("Differing settings")).to_be_visible()
