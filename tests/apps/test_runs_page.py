@@ -259,6 +259,8 @@ def test_faulty_pairs_are_one_line_and_leave_nothing(
     upload(page, "model_files", model_files["brought.safetensors"], model_files["config.json"])
     upload(page, "pairs_file", model_files["faulty.csv"])
     name = page.get_by_role("textbox", name="Name of the run")
+    # The files suggest a name first.
+    expect(name).to_have_value(re.compile("brought"))
     name.fill("never")
     name.press("Enter")
     page.get_by_role("button", name="Import", exact=True).click()
