@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
+from typing_in_pages import type_until
 
 from apps.ui.questions import paired, position_names
 from apps.ui.views import explore
@@ -226,12 +227,8 @@ def click_cell(page: Page, row: int, column: int, rows: int, columns: int) -> No
 def test_explore_in_the_browser(page: Page) -> None:
     page.goto("/explore?run=small")
     prompt = page.get_by_label("Prompt", exact=True)
-    prompt.fill("3 + 5 =")
-    prompt.press("Enter")
-    expect(page.get_by_text("right answer 8")).to_be_visible()
-    page.get_by_label("Counterfactual", exact=True).fill("3 + 9 =")
-    page.get_by_label("Counterfactual", exact=True).press("Enter")
-    expect(page.get_by_text("right answer 12")).to_be_visible()
+    type_until(prompt, "3 + 5 =", page.get_by_text("right answer 8"))
+    type_until(page.get_by_label("Counterfactual", exact=True), "3 + 9 =", page.get_by_text("right answer 12"))
     expect(page.get_by_role("heading", name="L0.resid_post at 2: =")).to_be_visible()
     norm = page.get_by_test_id("stMetricValue").first
     before = norm.inner_text()
@@ -255,9 +252,7 @@ def test_explore_in_the_browser(page: Page) -> None:
     expect(page.get_by_text("right answer 12")).to_be_visible()
 
     # Outside the vocabulary: one line, no traceback.
-    page.get_by_label("Prompt", exact=True).fill("77 + 5 =")
-    page.get_by_label("Prompt", exact=True).press("Enter")
-    expect(page.get_by_text("Token 77 is outside the vocabulary")).to_be_visible()
+    type_until(prompt, "77 + 5 =", page.get_by_text("Token 77 is outside the vocabulary"))
 
 
 @pytest.mark.browser

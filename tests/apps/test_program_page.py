@@ -41,12 +41,15 @@ def test_a_sequence_is_answered_and_its_variables_shown(app_on: AppOn, programs_
 def test_a_variable_is_changed(app_on: AppOn, programs_folder: Path) -> None:
     app = app_on("program", programs_folder, run="counts", sequence="0 1 0")
     assert "changed" not in app.dataframe[0].value.index
-    # Of the last table the value that decides, at the first letter.
+    # A token that is another is another sequence.
     names = app.selectbox(key="variable").options
-    app.selectbox(key="variable").set_value(names.index("tokens")).run()
-    app.selectbox(key="value").set_value(2).run()
+    app.selectbox(key="variable").set_value(names.index("tokens"))
+    app.selectbox(key="position").set_value(1).run()
+    app.selectbox(key="value").set_value(1).run()
     assert not app.exception
-    assert "changed" in app.dataframe[0].value.index
+    said = app.dataframe[0].value
+    other = app_on("program", programs_folder, run="counts", sequence="1 1 0").dataframe[0].value
+    assert said.loc["changed"].tolist() == other.loc["program"].tolist() != said.loc["program"].tolist()
 
 
 @pytest.mark.parametrize(("text", "message"), [("0 7", "Letter '7' is not in the alphabet"), ("0 0 0 0 0", "too many")])

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from playwright.sync_api import Page, expect
+from typing_in_pages import type_until
 
 from apps.reasoner_rows import draw_prompts
 from apps.reasoning import PROMPTS
@@ -276,15 +277,11 @@ def test_a_chain_in_the_browser(
     page.goto("/explore?run=chains")
     prompt = page.get_by_label("Prompt", exact=True)
     text = chain(run, "ood")
-    prompt.fill(text)
-    prompt.press("Enter")
-    expect(page.get_by_text("This prompt is of split ood.")).to_be_visible()
+    type_until(prompt, text, page.get_by_text("This prompt is of split ood."))
     expect(page.get_by_role("heading", name="Hop by hop")).to_be_visible()
     expect(page.locator(".st-key-hop canvas").first).to_be_visible()
 
-    prompt.fill("e3 r77 r1")
-    prompt.press("Enter")
-    expect(page.get_by_text("Unknown relation 'r77'")).to_be_visible()
+    type_until(prompt, "e3 r77 r1", page.get_by_text("Unknown relation 'r77'"))
 
     page.goto("/dynamics?run=chains")
     expect(page.get_by_role("heading", name="Causes of the answer")).to_be_visible()

@@ -1,6 +1,5 @@
 """Page Runs: one run in full, two beside each other, and a model of one's own that is imported and patched."""
 
-import contextlib
 import csv
 import io
 import re
@@ -10,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, TimeoutError, expect
+from playwright.sync_api import Page, expect
 from safetensors.torch import save_file
+from typing_in_pages import settled, type_until
 
 from apps.analyses import lens_of
 from apps.ui.views import importing, runs
@@ -192,23 +192,12 @@ def runs_page(playground: Path, server_on: Callable, open_page: Callable) -> Pag
     return page
 
 
-def settled(page: Page) -> None:
-    """Waits until the page has been drawn: what is clicked, opened or filled before may be replaced."""
-    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
-
-
 @pytest.mark.browser
 def test_two_runs_are_compared_and_the_link_says_so(runs_page: Page) -> None:
     page = runs_page
     settled(page)
     compared = page.get_by_role("combobox", name="Compare with")
-    option = page.get_by_role("option", name="other", exact=True)
-    # A page that is drawn again takes back what was typed: it is typed until the option is there.
-    for _ in range(5):
-        compared.fill("other")
-        with contextlib.suppress(TimeoutError):
-            option.click(timeout=8000)
-            break
+    type_until(compared, "other", page.locator(".js-plotly-plot"))
     expect(page.locator(".js-plotly-plot")).to_be_visible()
     expect(page.get_by_text("other · test").first).to_be_visible()
     expect(page.get_by_text("Differing settings")).to_be_visible()

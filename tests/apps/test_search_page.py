@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from playwright.sync_api import Page, expect
+from typing_in_pages import settled, type_until
 
 from apps.ui import search_drawing, search_input, search_questions
 from apps.ui.circuit_drawing import AROUND, echarts, plotly
@@ -344,18 +345,16 @@ def test_draw_step_click_and_remove(
     page.get_by_role("button", name="Draw one at random").click()
     page.get_by_role("button", name="Draw", exact=True).click()
     expect(box).not_to_have_value(before)
-    settle(page)
+    settled(page)
     page.keyboard.press("Escape")
-    box.fill(GRAPH)
-    box.press("Enter")
-    expect(page.get_by_text("From 1 to 3 (lookahead 2), the model goes to 2: right.")).to_be_visible()
-    settle(page)
+    type_until(box, GRAPH, page.get_by_text("From 1 to 3 (lookahead 2), the model goes to 2: right."))
+    settled(page)
     slider = page.get_by_role("slider", name="Layers that have run")
     slider.press("Home")
     expect(page.get_by_text("hold before the first layer")).to_be_visible()
     slider.press("End")
     expect(page.get_by_text("hold after layer 2")).to_be_visible()
-    settle(page)
+    settled(page)
     operation = trace.strict.operations[-1]
     click_operation(page, trace, operation)
     name = search_questions.name_of(operation, trace.prompt)
@@ -365,11 +364,6 @@ def test_draw_step_click_and_remove(
     expect(page.get_by_role("button", name="Put it back")).to_be_visible()
     page.reload()
     expect(page.get_by_text("without the removed operations the model goes to")).to_be_visible()
-
-
-def settle(page: Page) -> None:
-    """Wait until the page has run to its end: what is typed into one that still changes may be lost."""
-    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
 
 
 def click_operation(page: Page, trace: PathTrace, operation: Any) -> None:

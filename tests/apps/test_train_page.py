@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
+from typing_in_pages import settled
 
 from apps.ui import jobs
 from apps.ui.views import train
@@ -129,11 +130,6 @@ def start(page: Page, name: str, settings: str) -> None:
     fill(page, "Name of the run", name)
     expect(page.get_by_text(re.compile(f"workbench train modular-smoke --run {name} "))).to_be_visible()
     page.get_by_role("button", name="Start training").click()
-
-
-def settled(page: Page) -> None:
-    """Waits until the page has been drawn: Streamlit loses a click on a fragment that is just being replaced."""
-    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
 
 
 def fill(page: Page, label: str, text: str) -> None:
