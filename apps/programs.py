@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.intervals import answer_scores, columns_of
 from workbench.models.program_config import ProgramConfig
 from workbench.runtime import WorkbenchError
-from workbench.tasks.sequences import Sequences
+from workbench.tasks.sequences import LARGEST_DOMAIN, Sequences
 from workbench.training.checkpoints import Run
 
 if TYPE_CHECKING:
@@ -27,15 +27,23 @@ def by_answer(run: Run) -> dict[str, Any]:
     return {**columns_of("token_accuracy", token), **columns_of("sequence_accuracy", sequence), "n": len(test)}
 
 
-def decompile_run(run: Run, step: int | None, *, budget: float) -> Decompiled:
-    """The run's program as a module, at a step or at the end.
+def sequences_of(run: Run) -> Sequences:
+    """The run's task, where programs are read on it.
+
+    Raises:
+        WorkbenchError: it is another.
+    """
+    if not isinstance(run.task, Sequences):
+        raise WorkbenchError(f"Programs are read on sequences; {run.reference!r} learnt {run.task.name!r}.")
+    return run.task
+
+
+def decompile_run(run: Run, step: int | None, *, budget: float, most: int = LARGEST_DOMAIN) -> Decompiled:
+    """The run's program as a module, at a step or at the end, checked on so many sequences.
 
     Raises:
         WorkbenchError: the run learnt a transformer, or another task.
     """
     from circuits.decompile.decompiled import decompile
 
-    model = run.program(step)
-    if not isinstance(run.task, Sequences):
-        raise WorkbenchError(f"Programs of sequences are decompiled; {run.reference!r} learnt {run.task.name!r}.")
-    return decompile(model, run.task, budget=budget)
+    return decompile(run.program(step), sequences_of(run), budget=budget, most=most)

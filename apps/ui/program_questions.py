@@ -8,19 +8,22 @@ import pandas as pd
 import streamlit as st
 import torch
 
-from apps.programs import decompile_run
+from apps.programs import decompile_run, sequences_of
 from apps.ui import state
 from circuits.decompile.decompiled import Decompiled
 from circuits.decompile.python import Names
 from circuits.decompile.ranges import Ranges, find_ranges
 from workbench.instrument.passes import run as run_model
 from workbench.instrument.trace import Patch, Value
+from workbench.models.discrete import DiscreteProgram
 from workbench.models.interpreter import run_program
 from workbench.models.program import TransformerProgram, variable_site
 from workbench.models.program_config import ProgramConfig
-from workbench.runtime import WorkbenchError
 from workbench.tasks.sequences import Sequences
 from workbench.training.checkpoints import Run
+
+CHECKED = 20_000
+"""Sequences that a module is run on before it is shown: seconds. `workbench decompile` runs it on all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +33,7 @@ class Opened:
     run: Run
     task: Sequences
     model: TransformerProgram
+    program: DiscreteProgram
     names: Names
     ranges: Ranges
 
@@ -41,24 +45,22 @@ def is_program(run: Run) -> bool:
 
 def open_program(run: Run, step: int) -> Opened:
     """The program at a step."""
-    if not isinstance(run.task, Sequences):
-        raise WorkbenchError(f"Run {run.reference!r} learnt {run.task.name!r}; this page shows programs of sequences.")
-    model = run.program(step)
-    program = model.discrete_program(tuple(run.task.vocab))
-    ranges = find_ranges(program, range(len(run.task.inputs)))
-    return Opened(run=run, task=run.task, model=model, names=Names(program, ranges), ranges=ranges)
+    task, model = sequences_of(run), run.program(step)
+    program = model.discrete_program(tuple(task.vocab))
+    ranges = find_ranges(program, range(len(task.inputs)))
+    return Opened(run=run, task=task, model=model, program=program, names=Names(program, ranges), ranges=ranges)
 
 
-@st.cache_data(max_entries=32, show_spinner="Writing the module, and checking it on every sequence …")
+@st.cache_data(max_entries=32, show_spinner="Writing the module, and checking it …")
 def module_of(reference: str, step: int, sha256: str, budget: float) -> Decompiled:
     """The run's module at a step; the hash stands for its weights."""
-    return decompile_run(state.open_run(reference), step, budget=budget)
+    return decompile_run(state.open_run(reference), step, budget=budget, most=CHECKED)
 
 
 def variables(opened: Opened, text: str) -> pd.DataFrame:
     """Every variable at every position of a typed sequence, a row each."""
     tokens = _tokens(opened, text)
-    categorical, numerical = run_program(opened.model.discrete_program(tuple(opened.task.vocab)), tokens.numpy())
+    categorical, numerical = run_program(opened.program, tokens.numpy())
     labels = [f"{place}: {opened.task.vocab[token]}" for place, token in enumerate(tokens[0].tolist())]
     rows = {
         name: [opened.names.value(place, int(value)).strip("'") for value in categorical[0, :, place]]

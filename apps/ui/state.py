@@ -8,7 +8,7 @@ have changed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -167,6 +167,20 @@ def _remember(key: str, value: object) -> None:
 def _page() -> str:
     """Path of the page that is shown."""
     return urlsplit(st.context.url or "").path
+
+
+def references_where(fits: Callable[[Run], bool]) -> list[str]:
+    """The runs of which something holds, in the order of all."""
+    found = []
+    for reference in references():
+        try:
+            run = open_run(reference)
+        except WorkbenchError:
+            # Not a run any more; the page Runs says what it lacks.
+            continue
+        if fits(run):
+            found.append(reference)
+    return found
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)

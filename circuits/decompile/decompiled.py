@@ -24,8 +24,6 @@ from workbench.tables import Table
 from workbench.tasks.base import Batch
 from workbench.tasks.sequences import BEGIN, END, LARGEST_DOMAIN, Sequences
 
-MOST = LARGEST_DOMAIN
-"""Sequences that the module is run on, at most."""
 AT_ONCE = 4096
 Run = Callable[[Sequence[str]], list[str]]
 
@@ -38,6 +36,7 @@ class Decompiled:
     """Python."""
     lines: int
     lines_unsimplified: int
+    """Of the module from which no accuracy was lost."""
     literals: int
     """Strings and numbers that the module spells out."""
     accuracy: Estimate
@@ -86,14 +85,16 @@ class Decompiled:
         return {**sizes, **scores, **proof}
 
 
-def decompile(model: TransformerProgram, task: Sequences, *, budget: float = 0.0, seed: int = 0) -> Decompiled:
-    """The module of a trained program, checked on every sequence, or on as many as `MOST`.
+def decompile(
+    model: TransformerProgram, task: Sequences, *, budget: float = 0.0, most: int = LARGEST_DOMAIN
+) -> Decompiled:
+    """The module of a trained program, checked on every sequence where these are listed, else on the training split.
 
     Args:
         model: the trained Transformer Program.
         task: what it was trained on.
         budget: accuracy on the validation split that may be lost to a shorter module; 0 changes no answer at all.
-        seed: of the sequences that are checked where there are more.
+        most: sequences that it is checked on, at random where there are more.
 
     Raises:
         WorkbenchError: a budget outside 0 to 1, or a module that answers differently from its program: the votes of
@@ -106,9 +107,11 @@ def decompile(model: TransformerProgram, task: Sequences, *, budget: float = 0.0
     if budget:
         val = task.examples("val")
         program, steps = prune_votes(whole, val.tokens.numpy(), val.targets.numpy(), val.read.numpy(), budget=budget)
-    text, plain = _module(program, task), _module(whole, task)
-    batch, exhaustive = _sequences(task, seed)
+    text = _module(program, task)
+    plain = text if program is whole else _module(whole, task)
+    batch, exhaustive = _sequences(task, most)
     said = _answers_of(program, batch)
+    whole_said = said if program is whole else _answers_of(whole, batch)
     _check(text, task, batch, said)
     read, test = batch.read.numpy(), task.examples("test")
     right = torch.from_numpy(_answers_of(program, test)) == test.targets
@@ -120,7 +123,7 @@ def decompile(model: TransformerProgram, task: Sequences, *, budget: float = 0.0
         literals=sum(isinstance(node, ast.Constant) for node in ast.walk(ast.parse(text))),
         accuracy=accuracy,
         sequence_accuracy=sequence_accuracy,
-        agreement=float((said == _answers_of(whole, batch))[read].mean()),
+        agreement=float((said == whole_said)[read].mean()),
         checked=len(batch),
         exhaustive=exhaustive,
         domain_accuracy=float((said == batch.targets.numpy())[read].mean()) if exhaustive else None,
@@ -141,7 +144,6 @@ def _module(program: DiscreteProgram, task: Sequences) -> str:
     ranges = find_ranges(program, range(len(task.inputs)))
     interface = Interface(
         title=f"{task.function} of up to {task.longest} letters, as a program that was learnt.",
-        about="Written by the Interp Workbench from a discretised Transformer Program (Friedman et al. 2023).",
         letters=task.letters,
         begin=task.inputs.index(BEGIN),
         end=task.inputs.index(END) if END in task.inputs else None,
@@ -150,14 +152,15 @@ def _module(program: DiscreteProgram, task: Sequences) -> str:
     return emit_python(program, ranges, find_live(program, ranges), interface)
 
 
-def _sequences(task: Sequences, seed: int) -> tuple[Batch, bool]:
-    """The whole domain where it is small enough, else the training split, of which at most `MOST`."""
+def _sequences(task: Sequences, most: int) -> tuple[Batch, bool]:
+    """The whole domain where it is listed, else the training split, and whether it is all there is."""
     try:
-        return task.examples("domain"), True
+        found, whole = task.examples("domain"), True
     except WorkbenchError:
-        drawn = task.examples("train")
-    rows = torch.randperm(len(drawn), generator=generator(seed, "decompile"))[:MOST].sort().values
-    return drawn.select(rows), False
+        found, whole = task.examples("train"), False
+    if len(found) <= most:
+        return found, whole
+    return found.select(torch.randperm(len(found), generator=generator(0, "decompile"))[:most].sort().values), False
 
 
 def _answers_of(program: DiscreteProgram, batch: Batch) -> np.ndarray:

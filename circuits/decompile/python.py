@@ -20,7 +20,7 @@ from workbench.models.discrete import CategoricalHead, CategoricalTable, Discret
 WIDTH = 118
 MODULE = '''"""{title}
 
-{about}
+Written by the Interp Workbench from a discretised Transformer Program (Friedman et al. 2023).
 """
 
 from __future__ import annotations
@@ -96,7 +96,6 @@ class Interface:
     """What stands around a program: whom it is for, and which tokens frame the letters."""
 
     title: str
-    about: str
     letters: int
     """The first tokens are letters."""
     begin: int
@@ -115,11 +114,8 @@ class Names:
         self.categorical = ["tokens"] if self.plain else [f"code_{column}" for column in range(columns)]
         self.categorical.append("positions")
         self.numerical = ["ones"]
-        for index, layer in enumerate(program.layers):
-            self.categorical += [f"copy_{index}_{at}" for at in range(len(layer.categorical_heads))]
-            self.numerical += [f"sum_{index}_{at}" for at in range(len(layer.numerical_heads))]
-            self.categorical += [f"table_{index}_{at}" for at in range(len(layer.categorical_mlps))]
-            self.categorical += [f"counts_{index}_{at}" for at in range(len(layer.numerical_mlps))]
+        for part in program.parts:
+            (self.numerical if isinstance(part.does, NumericalHead) else self.categorical).append(part.name)
         self.words = [kind.startswith("token") and self.plain for kind in ranges.kinds]
         self.vocab = program.vocab
 
@@ -161,7 +157,6 @@ def emit_python(program: DiscreteProgram, ranges: Ranges, live: Live, interface:
     classes = [word for word, allowed in zip(program.classes, program.allowed, strict=True) if allowed]
     return MODULE.format(
         title=interface.title,
-        about=interface.about,
         abstract="Callable, Sequence" if helpers else "Sequence",
         types=TYPES if helpers else "",
         alphabet=_wrapped(repr(tuple(program.vocab[: interface.letters]))),
@@ -181,25 +176,19 @@ def _framed(interface: Interface) -> list[int]:
 def _parts(program: DiscreteProgram, ranges: Ranges, live: Live, names: Names) -> list[tuple[str, str]]:
     """A line of the body and a function for each part that lives, in the order in which they run."""
     found = []
-    at, number = program.embedding.shape[1] + 1, 1
-    for layer in program.layers:
-        for head in layer.categorical_heads:
-            if at in live.categorical:
-                values = names.categorical[head.value]
-                found.append(_head("copy_nearest", names.categorical[at], values, head, ranges, names))
-            at += 1
-        for head in layer.numerical_heads:
-            if number in live.numerical:
-                found.append(_head("add_up", names.numerical[number], names.numerical[head.value], head, ranges, names))
-            number += 1
-        for mlp in layer.categorical_mlps:
-            if at in live.categorical:
-                found.append(_table(names.categorical[at], mlp, ranges, names))
-            at += 1
-        for mlp in layer.numerical_mlps:
-            if at in live.categorical:
-                found.append(_counts(names.categorical[at], mlp, ranges, names))
-            at += 1
+    for part in program.parts:
+        numerical = isinstance(part.does, NumericalHead)
+        if part.writes not in (live.numerical if numerical else live.categorical):
+            continue
+        match part.does:
+            case CategoricalHead() as head:
+                found.append(_head("copy_nearest", part.name, names.categorical[head.value], head, ranges, names))
+            case NumericalHead() as head:
+                found.append(_head("add_up", part.name, names.numerical[head.value], head, ranges, names))
+            case CategoricalTable() as mlp:
+                found.append(_table(part.name, mlp, ranges, names))
+            case NumericalMLP() as mlp:
+                found.append(_counts(part.name, mlp, ranges, names))
     return found
 
 

@@ -6,13 +6,13 @@ part reads is taken as independent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
-from workbench.models.discrete import CategoricalHead, DiscreteProgram, NumericalMLP
+from workbench.models.discrete import CategoricalHead, CategoricalTable, DiscreteProgram, NumericalHead, NumericalMLP
 
 MOST_CELLS = 4096
 """Pairs of numbers up to which a numerical MLP is looked at one by one."""
@@ -38,41 +38,32 @@ def find_ranges(program: DiscreteProgram, inputs: Iterable[int]) -> Ranges:
     values.append(frozenset(range(n)))
     kinds = [*(f"token {column}" for column in range(program.embedding.shape[1])), "position"]
     numbers = [(1, 1)]
-    for layer in program.layers:
-        copied = [(_copied(head, values), kinds[head.value]) for head in layer.categorical_heads]
-        summed = [(0, n * numbers[head.value][1]) for head in layer.numerical_heads]
-        values += [found for found, _ in copied]
-        kinds += [kind for _, kind in copied]
-        numbers += summed
-        codes = [
-            frozenset(int(mlp.table[pair]) for pair in product(*(values[read] for read in mlp.reads)))
-            for mlp in layer.categorical_mlps
-        ]
-        codes += [_coded(mlp, numbers) for mlp in layer.numerical_mlps]
-        values += codes
-        kinds += ["code"] * len(codes)
+    for part in program.parts:
+        match part.does:
+            case CategoricalHead() as head:
+                # Position 0 is copied where nothing matches: its value is one of the variable's too.
+                values.append(values[head.value])
+                kinds.append(kinds[head.value])
+            case NumericalHead() as head:
+                numbers.append((0, n * numbers[head.value][1]))
+            case CategoricalTable() as mlp:
+                pairs = product(*(values[read] for read in mlp.reads))
+                values.append(frozenset(int(mlp.table[pair]) for pair in pairs))
+                kinds.append("code")
+            case NumericalMLP() as mlp:
+                pairs = cells(mlp, numbers)
+                every = frozenset(range(len(mlp.b_out)))
+                values.append(every if pairs is None else frozenset(mlp(np.array(pairs)).tolist()))
+                kinds.append("code")
     return Ranges(values=tuple(values), kinds=tuple(kinds), numbers=tuple(numbers))
 
 
-def cells(mlp: NumericalMLP, numbers: Iterable[tuple[int, int]]) -> list[tuple[int, int]] | None:
+def cells(mlp: NumericalMLP, numbers: Sequence[tuple[int, int]]) -> list[tuple[int, int]] | None:
     """All pairs of numbers that an MLP may read; None where they are too many."""
-    known = list(numbers)
-    (first_low, first_high), (second_low, second_high) = (known[read] for read in mlp.reads)
+    (first_low, first_high), (second_low, second_high) = (numbers[read] for read in mlp.reads)
     if mlp.reads[0] == mlp.reads[1]:
         return [(value, value) for value in range(first_low, first_high + 1)]
     count = (first_high - first_low + 1) * (second_high - second_low + 1)
     if count > MOST_CELLS:
         return None
     return list(product(range(first_low, first_high + 1), range(second_low, second_high + 1)))
-
-
-def _copied(head: CategoricalHead, values: list[frozenset[int]]) -> frozenset[int]:
-    # Position 0 is copied where nothing matches, so that its value is among those of the variable too.
-    return values[head.value]
-
-
-def _coded(mlp: NumericalMLP, numbers: list[tuple[int, int]]) -> frozenset[int]:
-    pairs = cells(mlp, numbers)
-    if pairs is None:
-        return frozenset(range(len(mlp.b_out)))
-    return frozenset(mlp(np.array(pairs)).tolist())

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from circuits.decompile.ranges import Ranges
-from workbench.models.discrete import DiscreteProgram
+from workbench.models.discrete import CategoricalHead, CategoricalTable, DiscreteProgram, NumericalHead, NumericalMLP
 from workbench.models.interpreter import run_program
 
 Tokens = Int64[np.ndarray, "batch pos"]
@@ -41,34 +41,30 @@ class Step:
 
 def find_live(program: DiscreteProgram, ranges: Ranges) -> Live:
     """What the votes need: variables whose votes differ between values that occur, and all that these are made of."""
-    votes = program.W_categorical
+    allowed = np.flatnonzero(program.allowed)
     categorical = {
         place
         for place, values in enumerate(ranges.values)
-        if np.ptp(votes[place][sorted(values)][:, list(np.flatnonzero(program.allowed))], axis=0).any()
+        if np.ptp(program.W_categorical[place][sorted(values)][:, allowed], axis=0).any()
     }
     numerical = {
         place
         for place, (low, high) in enumerate(ranges.numbers)
-        if low < high and np.ptp(program.W_numerical[place][list(np.flatnonzero(program.allowed))]) > 0
+        if low < high and np.ptp(program.W_numerical[place][allowed]) > 0
     }
-    columns = program.embedding.shape[1]
-    at, number = columns + 1 + _written(program), 1 + sum(len(layer.numerical_heads) for layer in program.layers)
-    for layer in reversed(program.layers):
-        at -= len(layer.categorical_mlps) + len(layer.numerical_mlps)
-        for place, mlp in enumerate([*layer.categorical_mlps, *layer.numerical_mlps], at):
-            if place in categorical:
-                into = categorical if place < at + len(layer.categorical_mlps) else numerical
-                into.update(mlp.reads)
-        at -= len(layer.categorical_heads)
-        number -= len(layer.numerical_heads)
-        for place, head in enumerate(layer.categorical_heads, at):
-            if place in categorical:
-                categorical |= {head.query, head.key, head.value}
-        for place, head in enumerate(layer.numerical_heads, number):
-            if place in numerical:
+    for part in reversed(program.parts):
+        match part.does:
+            case NumericalHead() as head if part.writes in numerical:
                 categorical |= {head.query, head.key}
                 numerical.add(head.value)
+            case CategoricalHead() as head if part.writes in categorical:
+                categorical |= {head.query, head.key, head.value}
+            case CategoricalTable() as mlp if part.writes in categorical:
+                categorical.update(mlp.reads)
+            case NumericalMLP() as mlp if part.writes in categorical:
+                numerical.update(mlp.reads)
+            case _:
+                pass
     return Live(categorical=frozenset(categorical), numerical=frozenset(numerical))
 
 
@@ -128,10 +124,3 @@ def _without(program: DiscreteProgram, name: tuple[str, int], mean: Float64[np.n
         W_numerical[place] = 0
     W_numerical[0] += mean
     return replace(program, W_categorical=W_categorical, W_numerical=W_numerical)
-
-
-def _written(program: DiscreteProgram) -> int:
-    return sum(
-        len(layer.categorical_heads) + len(layer.categorical_mlps) + len(layer.numerical_mlps)
-        for layer in program.layers
-    )

@@ -8,17 +8,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from program_models import model_of
 
 from circuits.decompile import decompiled
 from circuits.decompile.decompiled import decompile, load_module
 from circuits.decompile.python import emit_python
 from circuits.decompile.ranges import find_ranges
 from circuits.decompile.simplify import find_live, prune_votes
-from workbench.models.discrete import CategoricalTable, DiscreteProgram, Layer, NumericalHead, ProgramShape
+from workbench.models.discrete import (
+    CategoricalTable,
+    DiscreteProgram,
+    Layer,
+    NumericalHead,
+    NumericalMLP,
+    ProgramShape,
+)
 from workbench.models.interpreter import program_logits, run_program
-from workbench.models.program import TransformerProgram
-from workbench.models.program_config import ProgramConfig
-from workbench.runtime import WorkbenchError, generator
+from workbench.runtime import WorkbenchError
 from workbench.tasks.sequences import Sequences
 
 SIZES = {"reverse": (3, 6), "hist": (3, 6), "dyck": (2, 8), "induction": (4, 6)}
@@ -27,25 +33,6 @@ SIZES = {"reverse": (3, 6), "hist": (3, 6), "dyck": (2, 8), "induction": (4, 6)}
 def task_of(function):
     letters, n_ctx = SIZES[function]
     return Sequences(function=function, letters=letters, n_ctx=n_ctx, size=60)
-
-
-def model_of(task, seed=0, **fields):
-    sizes = {"n_layers": 2, "categorical_heads": 1, "numerical_heads": 1, "categorical_mlps": 1, "numerical_mlps": 1}
-    config = ProgramConfig(
-        **{
-            **sizes,
-            "cardinality": 8,
-            "n_ctx": task.n_ctx,
-            "d_vocab": len(task.vocab),
-            "d_vocab_out": len(task.vocab),
-            "outputs": task.outputs,
-            "pad_token": task.pad_token,
-            "causal": task.causal,
-            "d_mlp": 8,
-            **fields,
-        }
-    )
-    return TransformerProgram(config, generator=generator(seed, "init"))
 
 
 @settings(max_examples=20)
@@ -88,6 +75,36 @@ def test_nothing_occurs_outside_the_ranges(seed, function):
         assert low <= numerical[real][:, place].min() <= numerical[real][:, place].max() <= high
 
 
+def lives(part, live):
+    return part.writes in (live.numerical if isinstance(part.does, NumericalHead) else live.categorical)
+
+
+def votes(part, program):
+    weights = program.W_numerical if isinstance(part.does, NumericalHead) else program.W_categorical
+    return weights[part.writes].any()
+
+
+def without(program, ranges, parts):
+    """The program whose parts look for letter 0, or say one of the values that they may say, whatever they read."""
+    writes = {id(part.does): part.writes for part in parts}
+
+    def silent(part):
+        if id(part) not in writes:
+            return part
+        if isinstance(part, CategoricalTable | NumericalMLP):
+            value = min(ranges.values[writes[id(part)]])
+            if isinstance(part, CategoricalTable):
+                return replace(part, table=np.full_like(part.table, value))
+            return replace(part, W_out=np.zeros_like(part.W_out), b_out=np.eye(len(part.b_out))[value])
+        return replace(part, predicate=np.zeros_like(part.predicate))
+
+    names = ("categorical_heads", "numerical_heads", "categorical_mlps", "numerical_mlps")
+    layers = [
+        replace(layer, **{name: tuple(map(silent, getattr(layer, name))) for name in names}) for layer in program.layers
+    ]
+    return replace(program, layers=tuple(layers))
+
+
 @settings(max_examples=20)
 @given(seed=st.integers(0, 10_000))
 def test_what_does_not_live_changes_no_answer(seed):
@@ -97,41 +114,30 @@ def test_what_does_not_live_changes_no_answer(seed):
     model.W_categorical.data[::2] = 0
     model.W_numerical.data[1:] = 0
     program = model.discrete_program(tuple(task.vocab))
-    live = find_live(program, find_ranges(program, range(len(task.inputs))))
+    ranges = find_ranges(program, range(len(task.inputs)))
+    live = find_live(program, ranges)
     tokens = task.examples("domain").tokens.numpy()
     real = tokens != task.pad_token
-    # Nothing that a live part reads is dead: tables and predicates of dead parts may be anything.
-    layers = []
-    at, number = 2, 1
-    for layer in program.layers:
-        copies = [
-            head if place in live.categorical else replace(head, predicate=np.zeros_like(head.predicate))
-            for place, head in enumerate(layer.categorical_heads, at)
-        ]
-        at += len(copies)
-        sums = [
-            head if place in live.numerical else replace(head, predicate=np.zeros_like(head.predicate))
-            for place, head in enumerate(layer.numerical_heads, number)
-        ]
-        number += len(sums)
-        tables = [
-            mlp
-            if place in live.categorical or program.W_categorical[place].any()
-            else replace(mlp, table=np.zeros_like(mlp.table))
-            for place, mlp in enumerate(layer.categorical_mlps, at)
-        ]
-        at += len(tables) + len(layer.numerical_mlps)
-        layers.append(
-            replace(
-                layer,
-                categorical_heads=tuple(copies),
-                numerical_heads=tuple(sums),
-                categorical_mlps=tuple(tables),
-            )
-        )
-    changed = replace(program, layers=tuple(layers))
+    # Nothing that a live part reads is dead: what dead parts do may be anything that they can do.
+    dead = [part for part in program.parts if not lives(part, live) and not votes(part, program)]
+    changed = without(program, ranges, dead)
     first, second = (program_logits(each, tokens)[real] for each in (program, changed))
     assert np.array_equal(first, second)
+
+
+def test_a_sum_lives_by_the_sum_that_it_sums():
+    """The second head counts what the first counted; only the second has votes."""
+    first, second = (NumericalHead(query=0, key=0, value=value, predicate=np.arange(8)) for value in (0, 1))
+    program = hist_by_hand()
+    layers = [
+        Layer(categorical_heads=(), numerical_heads=(head,), categorical_mlps=(), numerical_mlps=())
+        for head in (first, second)
+    ]
+    counts, votes = program.W_numerical
+    summed = replace(program, layers=tuple(layers), W_numerical=np.array([counts, 0 * votes, votes]))
+    live = find_live(summed, find_ranges(summed, range(4)))
+    assert {1, 2} <= live.numerical
+    assert 0 in live.categorical
 
 
 def hist_by_hand():
@@ -154,9 +160,8 @@ def hist_by_hand():
 
 def module_of(program, task):
     ranges = find_ranges(program, range(len(task.inputs)))
-    interface = decompiled.Interface(
-        title="t", about="a", letters=task.letters, begin=3, end=None, longest=task.longest
-    )
+    begin = task.inputs.index("<s>")
+    interface = decompiled.Interface(title="t", letters=task.letters, begin=begin, end=None, longest=task.longest)
     return emit_python(program, ranges, find_live(program, ranges), interface)
 
 
@@ -194,16 +199,7 @@ def test_predicates_are_closed_forms_where_they_can_be(predicate, body):
     # Positions are variable 1.
     head = replace(layer.categorical_heads[0], query=1, key=1, value=0, predicate=predicate(np.arange(8)))
     program = replace(program, layers=(replace(layer, categorical_heads=(head,)),))
-    assert f"(query: int) -> int | None:\n    {body}\n" in module_of_task(program, task)
-
-
-def module_of_task(program, task):
-    ranges = find_ranges(program, range(len(task.inputs)))
-    begin = task.inputs.index("<s>")
-    interface = decompiled.Interface(
-        title="t", about="a", letters=task.letters, begin=begin, end=None, longest=task.longest
-    )
-    return emit_python(program, ranges, find_live(program, ranges), interface)
+    assert f"(query: int) -> int | None:\n    {body}\n" in module_of(program, task)
 
 
 def test_a_module_that_says_something_else_is_refused(monkeypatch):
@@ -245,7 +241,7 @@ def test_single_rows_of_predicates_matter_and_are_caught():
         if np.array_equal(program_logits(mutant, tokens).argmax(2)[read], said[read]):
             continue
         try:
-            decompiled._check(module_of_task(mutant, task), task, batch, said)
+            decompiled._check(module_of(mutant, task), task, batch, said)
             missed += 1
         except WorkbenchError:
             caught += 1
@@ -263,7 +259,27 @@ def test_votes_are_left_out_within_the_budget():
     assert steps
     assert left == pytest.approx(steps[-1].accuracy)
     assert left >= right - 0.05 - 1e-12
-    assert len(module_of_task(pruned, task)) < len(module_of_task(program, task))
+    assert len(module_of(pruned, task)) < len(module_of(program, task))
+
+
+def test_the_parts_stand_where_they_write():
+    program = model_of(task_of("hist")).discrete_program(tuple(task_of("hist").vocab))
+    assert [(part.name, part.writes) for part in program.parts] == [
+        ("copy_0_0", 2),
+        ("sum_0_0", 1),
+        ("table_0_0", 3),
+        ("counts_0_0", 4),
+        ("copy_1_0", 5),
+        ("sum_1_0", 2),
+        ("table_1_0", 6),
+        ("counts_1_0", 7),
+    ]
+
+
+def test_some_sequences_are_not_all():
+    task = task_of("hist")
+    found = decompile(model_of(task), task, most=50)
+    assert (found.checked, found.exhaustive, found.domain_accuracy) == (50, False, None)
 
 
 @pytest.mark.parametrize("budget", [-0.1, 1.0, float("nan")])
@@ -279,7 +295,7 @@ def test_a_table_of_one_variable_is_a_function_of_one():
     program = model.discrete_program(tuple(task.vocab))
     table = np.tile(np.arange(8) % 2, (8, 1))
     layer = replace(program.layers[0], categorical_mlps=(CategoricalTable(reads=(0, 0), table=table),))
-    text = module_of_task(replace(program, layers=(layer,)), task)
+    text = module_of(replace(program, layers=(layer,)), task)
     assert "def table_0_0_of(first: str) -> int:\n    if first == '1':\n        return 1\n    return 0" in text.replace(
         "in {'1', '<s>'}", "== '1'"
     )

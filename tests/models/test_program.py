@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from program_models import config_of, model_of
 
 from circuits.patching import patch_each
 from workbench.instrument.passes import run
@@ -14,33 +15,11 @@ from workbench.instrument.sites import Site
 from workbench.instrument.trace import FromTrace, Patch
 from workbench.models.discrete import CategoricalHead, DiscreteProgram, Layer, NumericalHead, ProgramShape
 from workbench.models.interpreter import program_logits, run_program
-from workbench.models.program import Gumbel, TransformerProgram, most_likely
-from workbench.models.program_config import ProgramConfig
+from workbench.models.program import Gumbel, most_likely, variable_site
 from workbench.runtime import WorkbenchError, generator
 from workbench.tasks.sequences import Sequences
 
 HIST = Sequences(size=200)
-
-
-def config_of(task, **fields):
-    sizes = {"n_layers": 2, "categorical_heads": 2, "numerical_heads": 2, "categorical_mlps": 1, "numerical_mlps": 1}
-    return ProgramConfig(
-        **{
-            **sizes,
-            "cardinality": max(8, task.n_ctx),
-            "n_ctx": task.n_ctx,
-            "d_vocab": len(task.vocab),
-            "d_vocab_out": len(task.vocab),
-            "outputs": task.outputs,
-            "pad_token": task.pad_token,
-            "causal": task.causal,
-            **fields,
-        }
-    )
-
-
-def model_of(task, seed=0, **fields):
-    return TransformerProgram(config_of(task, **fields), generator=generator(seed, "init"))
 
 
 def as_numbers(one_hot):
@@ -72,16 +51,11 @@ def test_the_discretised_model_is_its_program(seed, function, layers, heads, cod
     # And every variable on the way, which the sites show.
     trace = run(model, batch.tokens, record=model.sites)
     categorical, numerical = run_program(program, batch.tokens.numpy())
-    shown = [
-        as_numbers(trace[str(site)]) for site in model.sites if site.kind.name in ("token_values", "position_values")
-    ]
-    for layer in range(layers):
-        shown += [
-            as_numbers(trace[f"L{layer}.{kind}"])
-            for kind in ("z", "codes")
-            if Site.parse(f"L{layer}.{kind}") in model.sites
-        ]
-    assert np.array_equal(np.concatenate(shown, 2)[real.numpy()], categorical[real.numpy()])
+    for place in range(categorical.shape[2]):
+        shown = as_numbers(trace[variable_site(model.config, place)])
+        assert np.array_equal(shown[real.numpy()], categorical[:, :, place][real.numpy()])
+    with pytest.raises(WorkbenchError, match=f"no categorical variable {categorical.shape[2]}"):
+        variable_site(model.config, categorical.shape[2])
     sums = [trace[f"L{layer}.sums"].numpy() for layer in range(layers) if heads[1]]
     assert np.array_equal(
         np.concatenate([np.ones_like(numerical[..., :1]), *sums], 2)[real.numpy()], numerical[real.numpy()]
@@ -176,7 +150,7 @@ def test_cold_choices_are_the_most_likely_ones():
 def test_a_variable_can_be_patched():
     task = HIST
     # With these weights the heads and the MLPs read what one letter changes.
-    model = model_of(task, seed=2, n_layers=1)
+    model = model_of(task, seed=2, n_layers=1, categorical_heads=2, numerical_heads=2, d_mlp=64)
     batch = task.sample(12, split="test", seed=0)
     clean, corrupt = (run(model, tokens, record=model.sites) for tokens in (batch.tokens, batch.corrupt))
     whole = [Patch(site=Site.parse(name), source=FromTrace(corrupt)) for name in ("token_values", "position_values")]

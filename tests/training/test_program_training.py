@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from workbench.models.interpreter import program_logits
 from workbench.models.kinds import build
 from workbench.models.program import Gumbel
 from workbench.runtime import WorkbenchError, generator
 from workbench.store import new_run
+from workbench.training.answer_loss import Dataset
 from workbench.training.checkpoints import load
-from workbench.training.loop import Dataset, Interrupted, train
+from workbench.training.loop import Interrupted, Trainer, train
 from workbench.training.recipes import find_recipe
 
 TINY = ["steps=40", "size=300", "batch_size=32", "evaluate_every=10", "d_mlp=8"]
@@ -51,12 +53,37 @@ def test_a_killed_run_goes_on_bit_identical(tmp_path):
     assert [{**row, "seconds": 0} for row in unbroken.log.rows] == [{**row, "seconds": 0} for row in resumed.log.rows]
 
 
-@pytest.mark.parametrize("setting", ["temperature=[3.0,3.0]", "average=answers", "batch_seed=1", "coded=true"])
+def test_every_step_draws_noise_of_its_own(tmp_path, monkeypatch):
+    draw, drawn = Gumbel.__call__, []
+
+    def watched(noise, logits):
+        drawn.append(noise.generator.get_state().numpy().tobytes())
+        return draw(noise, logits)
+
+    monkeypatch.setattr(Gumbel, "__call__", watched)
+    train(tiny("steps=4"), new_run("a", tmp_path))
+    assert len(drawn) > 4
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize(
+    "setting", ["temperature=[3.0,3.0]", "average=answers", "batch_seed=1", "coded=true", "optimiser=muon"]
+)
 def test_every_option_changes_the_weights(tmp_path, setting):
     plain, changed = (
         train(tiny("steps=5", *extra), new_run(name, tmp_path)) for name, extra in (("a", ()), ("b", (setting,)))
     )
     assert not same(weights(plain), weights(changed))
+
+
+def test_biases_alone_are_spared_where_matrices_are_decayed(tmp_path):
+    flags = ["steps=3", "weight_decay=0.5"]
+    first, second = (train(tiny(*flags, f"decay={each}"), new_run(each, tmp_path)) for each in ("all", "matrices"))
+    one, two = (Trainer(run.recipe, run.folder, Accelerator(cpu=True)) for run in (first, second))
+    assert [len(each.optimisers[0].param_groups) for each in (one, two)] == [1, 2]
+    spared = {id(each) for each in two.optimisers[0].param_groups[1]["params"]}
+    names = {name.rpartition(".")[2] for name, each in two.model.named_parameters() if id(each) in spared}
+    assert names == {"b_in", "b_out"}
 
 
 def test_what_is_logged_is_the_program(tmp_path):

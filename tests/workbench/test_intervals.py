@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 
 from workbench.intervals import (
     Estimate,
+    answer_scores,
     columns_of,
     discoveries,
     mean_of,
@@ -247,3 +248,15 @@ def test_columns_of_an_estimate_and_of_none() -> None:
     found = columns_of("x", Estimate(mean=0.5, low=0.25, high=1.0))
     assert found == {"x": 0.5, "x_low": 0.25, "x_high": 1.0}
     assert columns_of("x", None) == dict.fromkeys(found)
+
+
+def test_answers_are_counted_where_they_are_read() -> None:
+    """Of three examples one has no wrong answer among those read, and three of five answers are right."""
+    right = torch.tensor([[True, False, False], [True, True, False], [True, False, True]])
+    read = torch.tensor([[True, False, False], [True, True, True], [False, True, False]])
+    answers, examples = answer_scores(right, read)
+    assert answers.mean == pytest.approx(3 / 5)
+    assert examples.mean == pytest.approx(1 / 3)
+    interval = binomtest(1, 3).proportion_ci(method="wilson")
+    assert (examples.low, examples.high) == pytest.approx((interval.low, interval.high))
+    assert answers.low <= answers.mean <= answers.high

@@ -14,6 +14,7 @@ A part reads variables of earlier layers alone, save the MLPs, which read their 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +94,17 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Part:
+    """A head or an MLP in its place."""
+
+    name: str
+    """Of the variable that it writes: what it does, its layer, and its number among those that do so there."""
+    does: CategoricalHead | NumericalHead | CategoricalTable | NumericalMLP
+    writes: int
+    """Place of that variable, among the numerical ones for a numerical head, else among the categorical ones."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DiscreteProgram:
     """From tokens to a class at every position."""
 
@@ -112,3 +124,20 @@ class DiscreteProgram:
     """What one of each numerical variable adds to the logits."""
     allowed: tuple[bool, ...]
     """Whether a class may be the output; the largest allowed logit wins, the first of equals."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All heads and MLPs, in an order in which each finds what it reads."""
+        found = []
+        categorical, numerical = itertools.count(self.embedding.shape[1] + 1), itertools.count(1)
+        for index, layer in enumerate(self.layers):
+            for name, group, places in (
+                ("copy", layer.categorical_heads, categorical),
+                ("sum", layer.numerical_heads, numerical),
+                ("table", layer.categorical_mlps, categorical),
+                ("counts", layer.numerical_mlps, categorical),
+            ):
+                found += [
+                    Part(name=f"{name}_{index}_{at}", does=each, writes=next(places)) for at, each in enumerate(group)
+                ]
+        return tuple(found)

@@ -5,10 +5,12 @@ It shares no code with the model that programs are made from, so that the two ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from workbench.models.discrete import CategoricalHead, DiscreteProgram, NumericalHead
+from workbench.models.discrete import CategoricalHead, CategoricalTable, DiscreteProgram, NumericalHead, NumericalMLP
 
 Tokens = Int64[np.ndarray, "batch pos"]
 Categorical = Int64[np.ndarray, "batch pos variable"]
@@ -18,19 +20,22 @@ Sees = Bool[np.ndarray, "batch dest src"]
 
 def run_program(program: DiscreteProgram, tokens: Tokens) -> tuple[Categorical, Numerical]:
     """The categorical and the numerical variables at every position, in the order of `workbench.models.discrete`."""
-    place = np.broadcast_to(np.arange(tokens.shape[1])[None, :, None], (*tokens.shape, 1))
-    categorical = np.concatenate([program.embedding[tokens], place], 2)
-    numerical = np.ones((*tokens.shape, 1), dtype=np.int64)
+    categorical = [program.embedding[tokens, column] for column in range(program.embedding.shape[1])]
+    categorical.append(np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape))
+    numerical = [np.ones_like(tokens)]
     sees = _sees(program, tokens)
-    for layer in program.layers:
-        copied = [_copied(head, categorical, sees) for head in layer.categorical_heads]
-        summed = [_summed(head, categorical, numerical, sees) for head in layer.numerical_heads]
-        categorical = np.stack([*np.moveaxis(categorical, 2, 0), *copied], 2)
-        numerical = np.stack([*np.moveaxis(numerical, 2, 0), *summed], 2)
-        codes = [mlp.table[tuple(categorical[:, :, read] for read in mlp.reads)] for mlp in layer.categorical_mlps]
-        codes += [mlp(numerical[:, :, list(mlp.reads)]) for mlp in layer.numerical_mlps]
-        categorical = np.stack([*np.moveaxis(categorical, 2, 0), *codes], 2)
-    return categorical, numerical
+    for part in program.parts:
+        match part.does:
+            case CategoricalHead() as head:
+                categorical.append(_copied(head, categorical, sees))
+            case NumericalHead() as head:
+                matches = _matches(head, categorical, sees)
+                numerical.append((matches * numerical[head.value][:, None, :]).sum(2))
+            case CategoricalTable() as mlp:
+                categorical.append(mlp.table[tuple(categorical[read] for read in mlp.reads)])
+            case NumericalMLP() as mlp:
+                categorical.append(mlp(np.stack([numerical[read] for read in mlp.reads], 2)))
+    return np.stack(categorical, 2), np.stack(numerical, 2)
 
 
 def program_logits(program: DiscreteProgram, tokens: Tokens) -> Float64[np.ndarray, "batch pos output"]:
@@ -48,12 +53,12 @@ def _sees(program: DiscreteProgram, tokens: Tokens) -> Sees:
     return np.tril(sees) if program.shape.causal else sees
 
 
-def _matches(head: CategoricalHead | NumericalHead, categorical: Categorical, sees: Sees) -> Sees:
-    wanted = head.predicate[categorical[:, :, head.query]]
-    return (wanted[:, :, None] == categorical[:, None, :, head.key]) & sees
+def _matches(head: CategoricalHead | NumericalHead, categorical: Sequence[Tokens], sees: Sees) -> Sees:
+    wanted = head.predicate[categorical[head.query]]
+    return (wanted[:, :, None] == categorical[head.key][:, None, :]) & sees
 
 
-def _copied(head: CategoricalHead, categorical: Categorical, sees: Sees) -> Int64[np.ndarray, "batch pos"]:
+def _copied(head: CategoricalHead, categorical: Sequence[Tokens], sees: Sees) -> Tokens:
     matches = _matches(head, categorical, sees)
     n = sees.shape[1]
     place = np.arange(n)
@@ -62,10 +67,4 @@ def _copied(head: CategoricalHead, categorical: Categorical, sees: Sees) -> Int6
     order = np.where(distance == 0, n, distance)
     nearest = np.where(matches, order, n + 1).argmin(2)
     nearest = np.where(matches.any(2), nearest, 0)
-    return np.take_along_axis(categorical[:, :, head.value], nearest, 1)
-
-
-def _summed(
-    head: NumericalHead, categorical: Categorical, numerical: Numerical, sees: Sees
-) -> Int64[np.ndarray, "batch pos"]:
-    return (_matches(head, categorical, sees) * numerical[:, None, :, head.value]).sum(2)
+    return np.take_along_axis(categorical[head.value], nearest, 1)

@@ -39,15 +39,16 @@ SELF = -2.0
 """Bias of a position towards itself: any other match comes first."""
 CERTAIN = 10.0
 """Logit of a token's own value, and minus that of the others, where tokens are not coded."""
-
-
 Choice = Callable[[Tensor], Tensor]
 """How distributions become values: logits to (nearly) one-hot weights along the last dimension."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gumbel:
-    """A relaxed sample (Jang et al. 2017; Maddison et al. 2017)."""
+    """A relaxed sample (Jang et al. 2017; Maddison et al. 2017).
+
+    torch's own `gumbel_softmax` takes no generator, and a killed run could not draw the same noise again.
+    """
 
     temperature: float
     generator: torch.Generator
@@ -315,13 +316,13 @@ def _discrete_layer(layer: nn.Module) -> Layer:
     assert isinstance(layer, ProgramLayer)
     copies = [CategoricalHead(**each) for each in _heads(layer.categorical)]
     sums = [NumericalHead(**each) for each in _heads(layer.numerical)]
-    tables = []
-    for index, reads in enumerate(layer.tables.read.detach().argmax(-1).tolist()):
-        k = layer.tables.b_out.shape[-1]
-        values = torch.eye(k, dtype=torch.float64)
-        pairs = torch.cat([values[:, None].expand(k, k, k), values[None].expand(k, k, k)], -1)
-        logits = layer.tables.codes(pairs[:, :, None].expand(-1, -1, len(layer.tables.read), -1), _as_they_are)
-        tables.append(CategoricalTable(reads=tuple(reads), table=logits[:, :, index].detach().argmax(-1).numpy()))
+    k = layer.tables.b_out.shape[-1]
+    values = torch.eye(k, dtype=torch.float64)
+    pairs = torch.cat([values[:, None].expand(k, k, k), values[None].expand(k, k, k)], -1)
+    logits = layer.tables.codes(pairs[:, :, None].expand(-1, -1, len(layer.tables.read), -1), _as_they_are)
+    codes = logits.detach().argmax(-1).numpy()
+    reads = layer.tables.read.detach().argmax(-1).tolist()
+    tables = [CategoricalTable(reads=(one, two), table=codes[:, :, at]) for at, (one, two) in enumerate(reads)]
     return Layer(
         categorical_heads=tuple(copies),
         numerical_heads=tuple(sums),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import product
 
 import numpy as np
 import torch
@@ -126,7 +125,7 @@ class Sequences:
         """
         check_choice("contrast", self.contrasts[0] if kind is None else kind, self.contrasts)
         rng = generator(seed, "contrast")
-        length = ((batch.tokens < self.letters).sum(1)).clamp(min=1)
+        length = (batch.tokens < self.letters).sum(1)
         place = 1 + (torch.rand(len(batch), generator=rng) * length).long()
         rows = torch.arange(len(batch))
         shift = 1 + (torch.rand(len(batch), generator=rng) * max(1, self.letters - 1)).long()
@@ -193,7 +192,7 @@ class Sequences:
             )
         rows, lengths = [], []
         for length in range(1, self.longest + 1):
-            found = np.array(list(product(range(self.letters), repeat=length)), dtype=np.int64)
+            found = np.stack(np.unravel_index(np.arange(self.letters**length), (self.letters,) * length), 1)
             rows.append(np.pad(found, ((0, 0), (0, self.longest - length))))
             lengths.append(np.full(len(found), length))
         return np.concatenate(rows), np.concatenate(lengths)

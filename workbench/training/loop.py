@@ -21,21 +21,20 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from workbench.metrics import is_right
-from workbench.models.fast import ReadPlan
-from workbench.models.kinds import Model, Reads, build, logits_at, plan_reads
+from workbench.models.kinds import Model, build, logits_at
 from workbench.models.program import Gumbel, TransformerProgram
 from workbench.runtime import WorkbenchError, generator, thread_count
 from workbench.store import RunFolder, load_tensors, save_tensors, write_json, writing
 from workbench.tasks.base import Batch, Streamed
-from workbench.training.acceleration import LOSSES, Loss, amplify_slow, orthogonal_to
+from workbench.training.acceleration import LOSSES, amplify_slow, orthogonal_to
+from workbench.training.answer_loss import AnswerLoss, Dataset
 from workbench.training.checkpoints import METRICS, STATUS, Run, add_reason, list_checkpoints, save_checkpoint
 from workbench.training.curves import TrainLog
-from workbench.training.dropout import Masks, as_edits, draw_masks
+from workbench.training.dropout import Masks, draw_masks
 from workbench.training.optimisers import optimisers_of
 from workbench.training.recipe import Recipe, TrainConfig
 from workbench.training.streaming import NEXT_BATCH, ExampleStream
@@ -52,51 +51,6 @@ OnProgress = Callable[[int, int, Mapping[str, Any]], None]
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state is saved."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Dataset:
-    """A split on the device, with its plan."""
-
-    batch: Batch
-    plan: ReadPlan | Reads
-    answers: Int[Tensor, " reads"]
-    weights: Float[Tensor, " reads"]
-    """What each answer counts in the loss."""
-
-    @classmethod
-    def of(cls, recipe: Recipe, batch: Batch) -> Dataset:
-        """The split, planned for the recipe's model."""
-        plan = plan_reads(recipe.model, batch.tokens, batch.read)
-        weights = torch.ones(len(plan.example), device=batch.read.device)
-        if recipe.trainable().average == "prompts":
-            # A prompt counts as much as its answers would if all had as many.
-            reads = batch.read.sum(1)
-            weights = reads.double().mean() / reads[plan.example]
-        return cls(batch=batch, plan=plan, answers=batch.targets[batch.read], weights=weights)
-
-
-class AnswerLoss(nn.Module):
-    """The model with its loss at the read positions, as one module to wrap."""
-
-    def __init__(self, model: Model, loss: Loss, loss_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-        self.loss_dtype = loss_dtype
-
-    def forward(self, rows: Dataset, total: float, noise: Masks | Gumbel) -> Float[Tensor, ""]:
-        """Weighted sum of these rows' losses, divided by `total`, with what the noise drops or draws."""
-        plan = rows.plan
-        if isinstance(self.model, TransformerProgram):
-            assert isinstance(noise, Gumbel)
-            logits = self.model.relaxed(plan.tokens, noise)[plan.example, plan.position]
-        elif noise:
-            assert not isinstance(noise, Gumbel)
-            logits = self.model(plan.tokens, as_edits(noise))[plan.example, plan.position]
-        else:
-            logits = logits_at(self.model, plan)
-        return (rows.weights * self.loss(logits.to(self.loss_dtype), rows.answers)).sum() / total
 
 
 @dataclass(kw_only=True, slots=True)
@@ -313,7 +267,7 @@ class Trainer:
         """
         config, step = self.config, self.position.step
         if isinstance(self.model, TransformerProgram):
-            # One draw of the program for all rows, wherever they are.
+            # Processes with as many rows each draw the same program.
             return Gumbel(
                 temperature=config.temperature_at(step), generator=generator(config.batch_seed, "gumbel", step)
             )

@@ -6,7 +6,6 @@ import streamlit as st
 
 from apps.ui import state
 from apps.ui.program_questions import Opened, answers, is_program, module_of, open_program, variables
-from workbench.runtime import WorkbenchError
 from workbench.training.checkpoints import Run
 
 BUDGETS = (0.0, 0.001, 0.01, 0.05)
@@ -15,7 +14,7 @@ BUDGETS = (0.0, 0.001, 0.01, 0.05)
 def page() -> None:
     """The page."""
     st.title("Program")
-    run = state.choose_run(first=next(iter(_programs()), None))
+    run = state.choose_run(first=next(iter(state.references_where(is_program)), None))
     if not is_program(run):
         _offer_programs(run)
         return
@@ -84,23 +83,9 @@ def _module(run: Run, step: int) -> None:
     st.code(found.text, language="python", height=520)
 
 
-def _programs() -> list[str]:
-    """Runs that learnt a program."""
-    found = []
-    for reference in state.references():
-        try:
-            run = state.open_run(reference)
-        except WorkbenchError:
-            # Not a run any more; the page Runs says what it lacks.
-            continue
-        if is_program(run):
-            found.append(reference)
-    return found
-
-
 def _offer_programs(run: Run) -> None:
     """Say that this run is no program, and offer those that are."""
-    known = _programs()
+    known = state.references_where(is_program)
     state.missing(
         f"Run {run.reference!r} learnt no Transformer Program; this page shows those that did. "
         + ("Choose one in the sidebar." if known else "Train one: `workbench train program-smoke`, or on page Train.")

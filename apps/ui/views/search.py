@@ -15,7 +15,6 @@ from apps.ui.search_input import choose_graph, forget_other_runs
 from apps.ui.search_questions import Asked
 from circuits.attention_ops import Operation
 from workbench.figures import figure
-from workbench.runtime import WorkbenchError
 from workbench.tasks.graph_search import GraphSearch
 from workbench.training.checkpoints import Run
 
@@ -70,16 +69,7 @@ print(logits_without(model, prompt, undone).softmax(0))
 
 def _searches() -> list[str]:
     """Runs on graph search."""
-    found = []
-    for reference in state.references():
-        try:
-            run = state.open_run(reference)
-        except WorkbenchError:
-            # Not a run any more; the page Runs says what it lacks.
-            continue
-        if isinstance(run.task, GraphSearch):
-            found.append(reference)
-    return found
+    return state.references_where(lambda run: isinstance(run.task, GraphSearch))
 
 
 def _offer_searches(run: Run) -> None:
