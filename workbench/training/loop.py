@@ -35,6 +35,7 @@ from workbench.training.answer_loss import AnswerLoss, Dataset
 from workbench.training.checkpoints import METRICS, STATUS, Run, add_reason, list_checkpoints, save_checkpoint
 from workbench.training.curves import TrainLog
 from workbench.training.dropout import Masks, draw_masks
+from workbench.training.finetune import begin, pull_back
 from workbench.training.optimisers import optimisers_of
 from workbench.training.recipe import Recipe, TrainConfig
 from workbench.training.streaming import NEXT_BATCH, ExampleStream
@@ -97,10 +98,12 @@ class Trainer:
         self.config, self.position = recipe.trainable(), Position()
         config = self.config
         self.model = build(recipe.model, generator=generator(config.init_seed, "init"))
+        begin(self.model, recipe, folder)
         dtype = {"float32": torch.float32, "float64": torch.float64}[config.loss_dtype]
         loss = AnswerLoss(self.model, LOSSES[config.loss], dtype)
         self.wrapped, *self.optimisers = accelerator.prepare(loss, *optimisers_of(self.model, config))
         self.slow_gradients: dict[str, Tensor] = {}
+        self.started = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.train_split = recipe.task.examples(recipe.task.splits[0]).to(accelerator.device)
         self.splits = {
             name: [Dataset.of(recipe, part) for part in _chunks(self._measured(name).to(accelerator.device))]
@@ -171,6 +174,8 @@ class Trainer:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_norm)
         for optimiser in self.optimisers:
             optimiser.step()
+        if config.l1_to_start:
+            pull_back(self.model.parameters(), self.started, config.rate(self.position.step) * config.l1_to_start)
         self.position.step += 1
 
     def _change_gradients(self) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from workbench.models.kinds import Model
 
@@ -105,6 +105,8 @@ def optimisers_of(model: Model, config: TrainConfig) -> tuple[Optimizer, ...]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimiser == "signum":
         return (Signum(_by_decay(parameters, model, config), lr=lr, momentum=momentum, weight_decay=weight_decay),)
+    if config.optimiser == "sgd":
+        return (SGD(_by_decay(parameters, model, config), lr=lr, weight_decay=weight_decay),)
     inner = {id(matrix) for matrix in model.block_matrices} if config.optimiser == "muon" else set()
     rest = [parameter for parameter in parameters if id(parameter) not in inner]
     adamw = AdamW(_by_decay(rest, model, config), lr=lr, betas=config.betas, weight_decay=weight_decay, fused=True)

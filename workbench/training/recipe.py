@@ -32,6 +32,7 @@ from workbench.tasks.graph_traces import DepthFirst, SelectionInference
 from workbench.tasks.modular import Modular
 from workbench.tasks.pairs import Pairs
 from workbench.tasks.sequences import Sequences
+from workbench.tasks.skills import Skills
 
 TASKS: dict[str, type] = {
     task.name: task
@@ -45,6 +46,7 @@ TASKS: dict[str, type] = {
         DepthFirst,
         SelectionInference,
         Sequences,
+        Skills,
     )
 }
 
@@ -55,11 +57,18 @@ class TrainConfig:
 
     steps: int
     """Most steps to take."""
-    optimiser: Literal["adamw", "muon", "signum"] = "adamw"
-    """What makes updates of gradients. Muon takes the blocks' matrices and leaves the rest to AdamW."""
+    optimiser: Literal["adamw", "muon", "signum", "sgd"] = "adamw"
+    """What makes updates of gradients. Muon takes the blocks' matrices and leaves the rest to AdamW; plain SGD has no
+    momentum."""
     learning_rate: float = 1e-3
     weight_decay: float = 1.0
     """Decoupled, on the parameters that `decay` names; Muon decays all that it takes."""
+    trained: Literal["all", "blocks"] = "all"
+    """What is trained: every parameter, or only those of the blocks; embeddings, final LayerNorm and unembedding keep
+    what they began with."""
+    l1_to_start: float = 0.0
+    """Strength lambda of lambda |w - w_start|_1, taken as a proximal step after each update: a weight that gains less
+    than that stays exactly where it began. 0 is none."""
     decay: Literal["all", "matrices"] = "all"
     """What is decayed: every parameter, or only those that multiply, not biases and LayerNorms, as GPT-2 is trained."""
     dropout: float = 0.0
@@ -123,6 +132,8 @@ class TrainConfig:
             )
         if self.curriculum is not None and not 0 < self.curriculum <= 1:
             raise WorkbenchError(f"curriculum must be an accuracy above 0, or null for none, got {self.curriculum}.")
+        if not 0 <= self.l1_to_start < math.inf:
+            raise WorkbenchError(f"l1_to_start must be at least 0, got {self.l1_to_start}.")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise WorkbenchError(f"clip_norm must be above 0, or null for none, got {self.clip_norm}.")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -141,7 +152,8 @@ class TrainConfig:
                 f"got {self.grokfast}."
             )
         words = {
-            "optimiser": ("adamw", "muon", "signum"),
+            "optimiser": ("adamw", "muon", "signum", "sgd"),
+            "trained": ("all", "blocks"),
             "decay": ("all", "matrices"),
             "loss": ("cross_entropy", "stablemax"),
             "loss_dtype": ("float32", "float64"),
@@ -166,6 +178,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """The checkpoint whose weights a training begins with."""
+
+    run: str
+    """As a person calls it: beside the run that begins there, a path, or `gallery:NAME`."""
+    step: int
+    sha256: str
+    """Of its weights, so that another checkpoint under the same name is noticed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All that a run is made from."""
 
@@ -178,6 +201,8 @@ class Recipe:
     """What a run of it should show, in a sentence."""
     minutes: float | None = None
     """Expected wall time on 2 cores, measured; None where nobody measured it."""
+    start: Start | None = None
+    """Where its weights come from; None draws them."""
 
     def __post_init__(self) -> None:
         if not (dataclasses.is_dataclass(self.task) and isinstance(self.task, Task)):
@@ -306,6 +331,7 @@ class Recipe:
             "train": None if self.train is None else asdict(self.train),
             "shows": self.shows,
             "minutes": self.minutes,
+            **({} if self.start is None else {"start": asdict(self.start)}),
         }
 
     @classmethod
@@ -323,6 +349,7 @@ class Recipe:
                 train=None if content["train"] is None else TrainConfig(**_with_tuples(content["train"])),
                 shows=content["shows"],
                 minutes=content["minutes"],
+                start=Start(**content["start"]) if "start" in content else None,
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise WorkbenchError(f"This is not a recipe that this version reads: {error}.") from error

@@ -17,6 +17,7 @@ from workbench.training.program_recipes import PROGRAMS
 from workbench.training.reasoner_recipes import REASONERS
 from workbench.training.recipe import Recipe, TrainConfig, import_file
 from workbench.training.search_recipes import SEARCHES
+from workbench.training.skill_recipes import SKILL_BASES
 
 
 def modular_smoke() -> Recipe:
@@ -64,6 +65,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     **REASONERS,
     **SEARCHES,
     **PROGRAMS,
+    **SKILL_BASES,
 }
 
 

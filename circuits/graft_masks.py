@@ -1,0 +1,222 @@
+"""Which weights to graft: learned regions, and the choices that they have to beat.
+
+A method is a function of a delta, labelled examples and a size, and an entry in `METHODS`; it returns a mask of exactly
+that many weights, but for `relaxed`, whose size is what comes out, and for the named sets, which have a size of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from circuits.grafting import Delta, Graft, Mask, Weights
+from workbench.runtime import WorkbenchError, generator, nearest
+
+STEPS = 40
+BIAS = 10.0
+"""The relaxation's shares are sigmoid(score - 10), which begins near 0 (section 2.1 of the authors' code)."""
+OnProgress = Callable[[float], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Labelled:
+    """Labelled inputs of a module, and where its answer is read."""
+
+    module: nn.Module
+    batches: Sequence[tuple[Any, Int[Tensor, " batch"]]]
+    """Inputs and the labels' numbers."""
+    read: Callable[[Any], Float[Tensor, "batch label"]]
+    """From what the module returns to the labels' logits."""
+
+    def __len__(self) -> int:
+        """Examples."""
+        return sum(len(labels) for _, labels in self.batches)
+
+    @property
+    def answers(self) -> Int[Tensor, " example"]:
+        """The right label of each example."""
+        return torch.cat([labels for _, labels in self.batches])
+
+    @torch.no_grad()
+    def logits(self, weights: Weights) -> Float[Tensor, "example label"]:
+        """The labels' logits with these weights, the module's own where none are given."""
+        return torch.cat([self._read(weights, inputs) for inputs, _ in self.batches])
+
+    def gradient(self, weights: Weights) -> tuple[float, dict[str, Tensor]]:
+        """Mean cross-entropy over all examples with these weights, and its gradient."""
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+        loss = 0.0
+        for inputs, labels in self.batches:
+            part = functional.cross_entropy(self._read(leaves, inputs), labels, reduction="sum") / len(self)
+            part.backward()
+            loss += float(part.detach())
+        return loss, {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+
+    def _read(self, weights: Weights, inputs: Any) -> Float[Tensor, "batch label"]:
+        return self.read(functional_call(self.module, dict(weights), (inputs,)))
+
+
+def find_graft(
+    delta: Delta,
+    examples: Labelled,
+    *,
+    method: str = "learned",
+    density: float = 0.01,
+    seed: int = 0,
+    on_progress: OnProgress = lambda share: None,
+) -> Graft:
+    """A graft of this density, by one of `METHODS`.
+
+    Raises:
+        WorkbenchError: the method is unknown, or the density leaves no weight or is above 1.
+    """
+    if method not in METHODS:
+        raise WorkbenchError(f"Unknown method {method!r}. {nearest(method, METHODS)}")
+    if not 0 < density <= 1:
+        raise WorkbenchError(f"density must be above 0 and at most 1, got {density}.")
+    size = max(1, round(density * len(delta)))
+    mask = METHODS[method](delta, examples, size, generator(seed, "graft"), on_progress)
+    return Graft(delta=delta, mask=mask, method=method)
+
+
+def learned(
+    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
+) -> dict[str, Tensor]:
+    """Exactly `size` weights whose graft has the least loss, by iterated thresholding.
+
+    Each step measures, at the graft of the step before, what switching every weight on would gain to first order, adds
+    that to the weight's score, and keeps the largest scores: what overshoots or comes twice loses its place again. Of
+    all grafts on the way the one with the least loss on the examples is kept.
+    """
+    scores = {name: torch.zeros_like(tensor) for name, tensor in delta.change.items()}
+    mask = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in delta.change.items()}
+    best, least = mask, math.inf
+    for step in range(STEPS + 1):
+        loss, gain = _gains(delta, examples, mask)
+        if step and loss < least:
+            best, least = mask, loss
+        for name, tensor in gain.items():
+            scores[name] += tensor
+        mask = largest(scores, size)
+        on_progress((step + 1) / (STEPS + 1))
+    return best
+
+
+def relaxed(
+    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
+) -> dict[str, Tensor]:
+    """The published relaxation (section 2.1, equation 4) from an empty base; its size is near `size`, not exact.
+
+    Shares sigmoid(score - 10) follow the gradient; those above a half are grafted. The published rate of 1e7 fits one
+    way of fine-tuning; here it is set so that a weight with the `size`-th largest first gain would just reach a half
+    in all steps. All scores begin at 0, where the authors draw them.
+    """
+    scores = {name: torch.zeros_like(tensor) for name, tensor in delta.change.items()}
+    rate = 0.0
+    for step in range(STEPS):
+        share = {name: (score - BIAS).sigmoid() for name, score in scores.items()}
+        _, gain = _gains(delta, examples, share)
+        if step == 0:
+            cut = float(_flat(gain).topk(size).values[-1])
+            if cut <= 0:
+                raise WorkbenchError(f"Fewer than {size:,} weights would lower the loss: ask for a lower density.")
+            rate = (1 - math.exp(-BIAS)) / (math.exp(-BIAS) * STEPS * cut)
+        for name, tensor in gain.items():
+            # Where a share is a half nothing is left to gain; beyond it a score would only run away.
+            scores[name] = (scores[name] + rate * tensor * share[name] * (1 - share[name])).clamp(max=2 * BIAS)
+        on_progress((step + 1) / STEPS)
+    mask = {name: score > BIAS for name, score in scores.items()}
+    if not any(bool(tensor.any()) for tensor in mask.values()):
+        raise WorkbenchError("The relaxation ended with an empty region. Use the method learned, or a higher density.")
+    return mask
+
+
+def magnitude(
+    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
+) -> dict[str, Tensor]:
+    """The weights that changed most."""
+    return largest({name: tensor.abs() for name, tensor in delta.change.items()}, size)
+
+
+def saliency(
+    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
+) -> dict[str, Tensor]:
+    """The weights whose switch would lower the base's loss most, to first order, each alone."""
+    none = {name: torch.zeros_like(tensor) for name, tensor in delta.change.items()}
+    return largest(_gains(delta, examples, none)[1], size)
+
+
+def at_random(
+    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
+) -> dict[str, Tensor]:
+    """Any weights."""
+    return largest({name: torch.rand(t.shape, generator=generator) for name, t in delta.change.items()}, size)
+
+
+def biases(
+    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
+) -> dict[str, Tensor]:
+    """All biases (BitFit, Ben Zaken et al. 2022), whatever the size."""
+    return _named(delta, lambda last, name: last.startswith("b") and "ln" not in name.lower())
+
+
+def layer_norms(
+    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
+) -> dict[str, Tensor]:
+    """All scales and shifts of LayerNorms, whatever the size."""
+    return _named(delta, lambda last, name: "ln" in name.lower() or "layernorm" in name.lower())
+
+
+METHODS: dict[str, Callable[[Delta, Labelled, int, torch.Generator, OnProgress], dict[str, Tensor]]] = {
+    "learned": learned,
+    "relaxed": relaxed,
+    "magnitude": magnitude,
+    "saliency": saliency,
+    "random": at_random,
+    "biases": biases,
+    "layer_norms": layer_norms,
+}
+
+
+def matched(mask: Mask, generator: torch.Generator) -> dict[str, Tensor]:
+    """The control: as many weights in each tensor, at places drawn anew."""
+    return {
+        name: tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].reshape(tensor.shape)
+        for name, tensor in mask.items()
+    }
+
+
+def largest(scores: Mapping[str, Float[Tensor, "..."]], size: int) -> dict[str, Tensor]:
+    """A mask of the `size` largest scores over all tensors; of equal ones the first."""
+    flat = _flat(scores)
+    kept = torch.zeros(len(flat), dtype=torch.bool)
+    kept[flat.sort(descending=True, stable=True).indices[:size]] = True
+    parts = kept.split([tensor.numel() for tensor in scores.values()])
+    return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+
+
+def _gains(delta: Delta, examples: Labelled, mask: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """The graft's loss, and to first order how much each weight's switch from base to donor lowers it."""
+    loss, gradient = examples.gradient(delta.weights(mask))
+    return loss, {name: -gradient[name] * delta.change[name] for name in delta.change}
+
+
+def _named(delta: Delta, chosen: Callable[[str, str], bool]) -> dict[str, Tensor]:
+    mask = {
+        name: torch.full(tensor.shape, chosen(name.rpartition(".")[2], name)) for name, tensor in delta.change.items()
+    }
+    if not any(bool(tensor.any()) for tensor in mask.values()):
+        raise WorkbenchError("The model has no such weights. Choose another method.")
+    return mask
+
+
+def _flat(tensors: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, " weight"]:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
