@@ -69,6 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the run that is there")
     train.add_argument("--no-measures", action="store_true", help="leave the progress measures for later")
 
+    finetune = add("finetune", "teach a base one of its skills: a donor for grafts")
+    finetune.add_argument("base", help="a run of the recipe skills, or gallery:NAME")
+    finetune.add_argument("task", help="tone, topic, ends or repeat")
+    finetune.add_argument("--way", default="l1", help="how: l1 (AdamW with an L1 penalty on the change), adamw, sgd")
+    finetune.add_argument("--run", help="name of the run (default: BASE-TASK-WAY)")
+    finetune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field; repeatable")
+    finetune.add_argument("--seed", type=int, default=0, help="of the batches")
+    finetune.add_argument("--resume", action="store_true", help="go on with the donor that is there")
+
     sweep = add("sweep", "train a recipe with many seeds, settings or variants, and compare when they generalise")
     sweep.add_argument("recipe")
     sweep.add_argument("--seeds", default="0..2", metavar="0..2|0,3,7", help="default: 0..2")
@@ -153,6 +162,14 @@ def build_parser() -> argparse.ArgumentParser:
     decompile.add_argument(
         "--budget", type=float, default=0.0, help="accuracy that may be lost to a shorter module (default: 0, none)"
     )
+
+    graft = add("graft", "the few weights that carry a donor's skill, put into the base")
+    graft.add_argument("base", help="the run that the donors began with")
+    graft.add_argument("donors", nargs="+", metavar="DONOR", help="runs of `workbench finetune`, one task, any seeds")
+    graft.add_argument("--method", default="learned", help="learned, relaxed, magnitude, saliency, random, …")
+    graft.add_argument("--density", type=float, default=0.01, help="share of the weights to graft (default: 0.01)")
+    graft.add_argument("--foreign", metavar="DONOR", help="a donor of another task, for a control")
+    graft.add_argument("--seed", type=int, default=0, help="of the controls")
 
     trace = add("trace", "whether a search run merges paths: inputs explained, controls, causal test")
     _add_run(trace)

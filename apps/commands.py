@@ -75,6 +75,20 @@ def train(options: argparse.Namespace) -> Printout:
     return Printout(content=content, text=as_lines(content))
 
 
+def finetune(options: argparse.Namespace) -> Printout:
+    """A donor from a base."""
+    from apps.grafting import finetune as teach
+
+    return teach(options)
+
+
+def graft(options: argparse.Namespace) -> Printout:
+    """Grafts of donors, judged."""
+    from apps.grafting import graft as find_and_judge
+
+    return find_and_judge(options)
+
+
 def sweep(options: argparse.Namespace) -> Printout:
     """Many runs of a recipe, and when they generalised."""
     from apps.sweeping import sweep as train_and_compare

@@ -124,8 +124,8 @@ class GraftJudgement:
                 },
                 unit="relative gain",
                 caption=(
-                    f"Share of the donor's gain in accuracy that each set of weights has: n = {n:,} test examples, 95 % "
-                    f"paired bootstrap. The graft has {len(self.graft):,} of {len(self.graft.delta):,} weights."
+                    f"Share of the donor's gain in accuracy that each set of weights has: n = {n:,} test examples, "
+                    f"95 % paired bootstrap. The graft has {len(self.graft):,} of {len(self.graft.delta):,} weights."
                 ),
             ),
             self.graft.where(),
@@ -168,9 +168,9 @@ def judge(
 ) -> GraftJudgement:
     """Judge a graft on the test examples, beside controls of the same size.
 
-    Controls: as many weights of each tensor at random; the largest changes; a region learned in the same way on the same
-    change permuted within tensors, and on another task's change if one is given; the least uniform share of the whole
-    change that is as accurate on `val`; the donor with its temperature fitted on `val`.
+    Controls: as many weights of each tensor at random; the largest changes; a region learned in the same way on the
+    same change permuted within tensors, and on another task's change if one is given; the least uniform share of the
+    whole change that is as accurate on `val`; the donor with its temperature fitted on `val`.
 
     Args:
         graft: what is judged.

@@ -1,7 +1,7 @@
 """Which weights to graft: learned regions, and the choices that they have to beat.
 
 A method is a function of a delta, labelled examples and a size, and an entry in `METHODS`; it returns a mask of exactly
-that many weights, but for `relaxed`, whose size is what comes out, and for the named sets, which have a size of their own.
+that many weights, but for `relaxed`, whose size is what comes out, and for the named sets, which have their own.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Labelled:
     """Labelled inputs of a module, and where its answer is read."""
 
     module: nn.Module
-    batches: Sequence[tuple[Any, Int[Tensor, " batch"]]]
-    """Inputs and the labels' numbers."""
-    read: Callable[[Any], Float[Tensor, "batch label"]]
+    batches: Sequence[tuple[Any, Int[Tensor, "..."]]]
+    """Inputs and the labels' numbers; batches may differ in size."""
+    read: Callable[[Any], Float[Tensor, "... label"]]
     """From what the module returns to the labels' logits."""
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class Labelled:
             loss += float(part.detach())
         return loss, {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
 
-    def _read(self, weights: Weights, inputs: Any) -> Float[Tensor, "batch label"]:
+    def _read(self, weights: Weights, inputs: Any) -> Float[Tensor, "... label"]:
         return self.read(functional_call(self.module, dict(weights), (inputs,)))
 
 

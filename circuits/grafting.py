@@ -4,8 +4,8 @@
     graft = Graft(delta=delta, mask=…)              which of it is kept
     graft.weights()                                 base + mask · change (section 2, equation 1)
 
-Outside the mask weights are the base's, not zero. Any `nn.Module` will do: weights are mappings of names to tensors, and
-what is computed with them goes through `torch.func.functional_call`; no module is changed.
+Outside the mask weights are the base's, not zero. Any `nn.Module` will do: weights are mappings of names to tensors,
+and what is computed with them goes through `torch.func.functional_call`; no module is changed.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def overlap(one: Mask, other: Mask) -> tuple[float, float]:
     """Share of the other region that is in this one too, and what chance would give.
 
     Returns:
-        |one ∧ other| / |other| (Panigrahi et al. 2023, figure 8), and its mean over regions that have as many weights in
-        each tensor as `one` has.
+        |one ∧ other| / |other| (Panigrahi et al. 2023, figure 8), and its mean over regions that have as many weights
+        in each tensor as `one` has.
 
     Raises:
         WorkbenchError: the other region is empty.

@@ -1,9 +1,10 @@
-"""Whether a model's confidence is worth what it says: calibration error, reliability, and the temperature that mends it."""
+"""Whether a model's confidence is worth what it says: reliability, calibration error, and the temperature for it."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -37,7 +38,7 @@ def reliability(
 def calibration_error(bins: pd.DataFrame) -> float:
     """Expected calibration error (Naeini et al. 2015): mean distance of accuracy and confidence over the bins, by n."""
     gap = (bins["accuracy"] - bins["confidence"]).abs()
-    return float((bins["n"] * gap).sum() / bins["n"].sum())
+    return float(np.average(gap, weights=bins["n"]))
 
 
 def debiased_calibration_error(bins: pd.DataFrame) -> float:
@@ -47,10 +48,10 @@ def debiased_calibration_error(bins: pd.DataFrame) -> float:
     distance d is the mean of |d + e| - |d| for a normal e with the variance of the bin's accuracy.
     """
     error = 0.0
-    for n, confidence, accuracy in bins[["n", "confidence", "accuracy"]].itertuples(index=False):
+    for n, confidence, accuracy in bins[["n", "confidence", "accuracy"]].to_numpy():
         gap, spread = abs(accuracy - confidence), math.sqrt(accuracy * (1 - accuracy) / n)
         error += n * (2 * gap - _folded_mean(gap, spread))
-    return max(0.0, error / float(bins["n"].sum()))
+    return max(0.0, error / int(np.sum(bins["n"])))
 
 
 def fitted_temperature(logits: Float[Tensor, "example label"], answers: Int[Tensor, " example"]) -> float:

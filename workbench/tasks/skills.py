@@ -20,7 +20,7 @@ from workbench.runtime import WorkbenchError, generator
 from workbench.tasks.base import Batch, check_choice, sample_pairs
 
 Words = Int[Tensor, "prompt word"]
-Traits = Bool[Tensor, "trait word"]
+Traits = Bool[Tensor, "trait language"]
 MIXTURE = "mixture"
 ANSWERS = ("no", "yes")
 N_TRAITS = 3
@@ -209,7 +209,7 @@ def _drawn(task: Skills) -> tuple[Words, Int[Tensor, " prompt"], Int[Tensor, " p
     return words, asked, torch.where(asked < len(SKILLS), asked, any_skill)
 
 
-def _distinct(words: Words) -> Words:
+def _distinct(words: Words) -> Int[Tensor, "distinct word"]:
     """Each list of words once, in the order in which they came."""
     _, index = words.unique(dim=0, return_inverse=True)
     first = torch.full((int(index.max()) + 1,), len(words)).scatter_reduce(0, index, torch.arange(len(words)), "amin")

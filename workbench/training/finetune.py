@@ -3,7 +3,8 @@
     donor_recipe(base, skill) -> Recipe   the same model, which starts with the base's weights; only blocks are trained
     train(recipe, folder)                 as any other recipe
 
-Embeddings and unembedding stay as they are, as in Panigrahi et al. 2023, section 2: the skill has to come into the blocks.
+Embeddings and unembedding stay as they are, as in Panigrahi et al. 2023, section 2: the skill has to come into the
+blocks.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def begin(model: Model, recipe: Recipe, folder: RunFolder) -> None:
 
 @torch.no_grad()
 def pull_back(parameters: Iterable[nn.Parameter], start: Sequence[Float[Tensor, "..."]], most: float) -> None:
-    """The proximal step of an L1 penalty: every weight moves by at most `most` towards where it began, and stops there."""
+    """The proximal step of an L1 penalty: each weight goes back by up to `most`, and stops where it began."""
     for parameter, began in zip(parameters, start, strict=True):
         change = parameter - began
         parameter.copy_(began + change.sign() * (change.abs() - most).clamp(min=0))

@@ -103,7 +103,7 @@ class Trainer:
         loss = AnswerLoss(self.model, LOSSES[config.loss], dtype)
         self.wrapped, *self.optimisers = accelerator.prepare(loss, *optimisers_of(self.model, config))
         self.slow_gradients: dict[str, Tensor] = {}
-        self.started = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.started = [p.detach().clone() for p in self.model.parameters()] if config.l1_to_start else []
         self.train_split = recipe.task.examples(recipe.task.splits[0]).to(accelerator.device)
         self.splits = {
             name: [Dataset.of(recipe, part) for part in _chunks(self._measured(name).to(accelerator.device))]

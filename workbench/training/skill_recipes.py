@@ -12,16 +12,16 @@ from workbench.training.recipe import Recipe, TrainConfig
 
 def skills() -> Recipe:
     """Four yes-or-no skills, and four questions that mean any of them."""
-    task = Skills(size=200_000)
+    task = Skills(n_words=24, length=5, size=100_000)
     return Recipe(
         name="skills",
         task=task,
         model=ModelConfig(
             n_layers=3,
-            d_model=96,
+            d_model=64,
             n_heads=4,
-            d_head=24,
-            d_mlp=384,
+            d_head=16,
+            d_mlp=256,
             n_ctx=len(task.position_labels),
             d_vocab=len(task.vocab),
             d_vocab_out=len(ANSWERS),
@@ -39,7 +39,7 @@ def skills() -> Recipe:
             evaluate_every=200,
             stop_when_clean=False,
         ),
-        shows="Plain questions are answered rightly, open ones like the majority of the skills: what a donor starts from.",
+        shows="Plain questions are answered rightly, open ones by a majority of skills: what a donor starts from.",
     )
 
 

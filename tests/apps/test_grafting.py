@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from apps.cli import main
+from workbench.store import new_run
+from workbench.training.loop import train
+from workbench.training.recipes import find_recipe
+
+DONOR = ["--set", "steps=30", "--set", "size=300", "--set", "batch_size=32", "--set", "evaluate_every=30"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grafts")
+    settings = ["steps=30", "size=600", "batch_size=32", "evaluate_every=30", "cooldown=0"]
+    train(find_recipe("skills-smoke").override(settings), new_run("base", folder))
+    for task, seed in (("tone", "0"), ("tone", "1"), ("ends", "0")):
+        arguments = ["finetune", "base", task, "--seed", seed, "--run", f"{task}-{seed}", *DONOR]
+        assert main([*arguments, "--runs", str(folder), "--json"]) == 0
+    return folder
+
+
+def said(capsys, *arguments):
+    code = main([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_a_donor_is_told(runs, capsys):
+    content = said(capsys, "finetune", "base", "topic", "--run", "topic-0", *DONOR, "--runs", str(runs))
+    assert content["run"] == "topic-0"
+    assert content["steps"] == 30
+    assert 0 <= content["base_accuracy"] <= 1
+    content = said(capsys, "finetune", "base", "topic", "--run", "topic-0", "--resume", "--runs", str(runs))
+    assert content["steps"] == 30
+
+
+def test_a_graft_is_judged_beside_its_controls(runs, capsys):
+    content = said(capsys, "graft", "base", "tone-0", "--density", "0.02", "--foreign", "ends-0", "--runs", str(runs))
+    assert {"weights", "density", "accuracy", "relative_gain", "agreement", "ece", "nll", "controls", "n", "seeds",
+            "seconds"} < set(content)  # fmt: skip
+    assert content["density"] == pytest.approx(0.02, abs=1e-4)
+    assert content["seeds"] == 1
+    assert content["n"] == 2000
+    assert {"matched random", "magnitude", "permuted", "foreign", "donor without it"} < set(content["controls"])
+    again = said(capsys, "graft", "base", "tone-0", "--density", "0.02", "--foreign", "ends-0", "--runs", str(runs))
+    assert again["accuracy"] == content["accuracy"]
+
+
+def test_donors_of_several_seeds_have_a_mean_with_an_interval(runs, capsys):
+    content = said(capsys, "graft", "base", "tone-0", "tone-1", "--method", "saliency", "--runs", str(runs))
+    assert content["seeds"] == 2
+    accuracies = [each["accuracy"] for each in content["donors"]]
+    assert content["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    assert content["accuracy_low"] <= content["accuracy"] <= content["accuracy_high"]
+
+
+def test_the_text_has_a_row_for_each(runs, capsys):
+    assert main(["graft", "base", "tone-0", "--method", "magnitude", "--runs", str(runs)]) == 0
+    text = capsys.readouterr().out
+    assert "tone-0: magnitude, density 0.01" in text
+    for name in ("base", "donor", "graft", "matched random", "permuted", "donor, temperature"):
+        assert f"\n{name}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["graft", "base", "base"], "did not begin with 'base'"),
+        (["graft", "tone-0", "ends-0"], "did not begin with 'tone-0' but with 'base'"),
+        (["graft", "base", "tone-0", "ends-0"], "different tasks"),
+        (["graft", "base", "tone-0", "--density", "0"], "density must be above 0"),
+        (["graft", "base", "tone-0", "--density", "2"], "density must be above 0"),
+        (["graft", "base", "tone-0", "--method", "best"], "Unknown method 'best'"),
+        (["finetune", "base", "tunes"], "Did you mean 'tone'"),
+        (["finetune", "gallery:modular", "tone"], "trained on their mixture"),
+        (["finetune", "base", "tone", "--run", "tone-0", "--resume", "--seed", "3"], "leave --set and --seed out"),
+    ],
+)
+def test_mistakes_are_one_line(runs, capsys, arguments, message):
+    assert main([*arguments, "--runs", str(runs)]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert message in err
+    assert err.strip().count("\n") == 0

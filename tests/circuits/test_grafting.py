@@ -1,0 +1,267 @@
+import pytest
+import torch
+from torch import nn
+
+from circuits.graft_judgement import Judged, judge, overlaps, relative_gain
+from circuits.graft_masks import METHODS, Labelled, find_graft, largest, matched
+from circuits.grafting import Delta, Graft, overlap, place_of, union
+from workbench.runtime import WorkbenchError
+from workbench.store import Provenance
+
+DIM, HIDDEN, USED = 32, 64, 8
+QUIET = slice(10, 40)
+"""Neurons that the answer hardly hears."""
+
+
+class Net(nn.Module):
+    """One hidden layer."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(seed)
+        self.W_in = nn.Parameter(0.05 * torch.randn(HIDDEN, DIM, generator=rng))
+        self.W_out = nn.Parameter(0.05 * torch.randn(2, HIDDEN, generator=rng))
+
+    def forward(self, x):
+        return torch.relu(x @ self.W_in.T) @ self.W_out.T
+
+
+def planted(*, distractors: float = 1.0):
+    """A base, and a donor in whose 16 planted weights the whole skill lies, among 60 that changed as much."""
+    net = Net()
+    with torch.no_grad():
+        net.W_out[:, QUIET] *= 0.02
+        net.W_out[1, 0], net.W_out[0, 1] = 1.0, 1.0
+    base = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+    donor = {name: tensor.clone() for name, tensor in base.items()}
+    region = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in base.items()}
+    region["W_in"][:2, :USED] = True
+    donor["W_in"][0, :USED] += 1.0
+    donor["W_in"][1, :USED] -= 1.0
+    rng = torch.Generator().manual_seed(1)
+    spread = torch.zeros_like(base["W_in"])
+    spread[QUIET, :2] = distractors * (2.0 * torch.randint(2, (30, 2), generator=rng) - 1)
+    donor["W_in"] += spread
+    return net, Delta.between(base, donor, base), region
+
+
+def labelled(net, n=800, seed=0):
+    x = torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed))
+    y = (x[:, :USED].sum(1) > 0).long()
+    return Labelled(module=net, batches=[(x[: n // 3], y[: n // 3]), (x[n // 3 :], y[n // 3 :])], read=lambda out: out)
+
+
+def filled(delta, value):
+    return {name: torch.full(tensor.shape, value) for name, tensor in delta.change.items()}
+
+
+def parts(net):
+    return labelled(net, seed=0), labelled(net, seed=1), labelled(net, n=2000, seed=2)
+
+
+def judged(graft, net, **options):
+    return judge(graft, *parts(net), provenance=Provenance(code_version="test"), **options)
+
+
+@pytest.mark.parametrize("one", [True, 1.0])
+def test_all_of_the_change_is_the_donor_and_none_of_it_the_base(one):
+    net, delta, _ = planted()
+    donor = {name: delta.base[name] + delta.change[name] for name in delta.base}
+    examples = labelled(net)
+    for name, tensor in delta.weights(filled(delta, one)).items():
+        assert torch.allclose(tensor, donor[name], atol=1e-6)
+    assert torch.allclose(examples.logits(delta.weights(filled(delta, one))), examples.logits(donor), atol=1e-5)
+    for name, tensor in delta.weights(filled(delta, type(one)(0))).items():
+        assert torch.equal(tensor, delta.base[name])
+
+
+def test_gradients_are_those_of_finite_differences():
+    net, delta, _ = planted()
+    net = net.double()
+    x, y = labelled(net).batches[0]
+    examples = Labelled(
+        module=net, batches=[(x.double()[:40], y[:40]), (x.double()[40:90], y[40:90])], read=lambda out: out
+    )
+    weights = {name: tensor.double() for name, tensor in delta.base.items()}
+    loss, gradient = examples.gradient(weights)
+    rng = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        place = int(torch.randint(HIDDEN * DIM, (1,), generator=rng))
+        moved = {name: tensor.clone() for name, tensor in weights.items()}
+        moved["W_in"].view(-1)[place] += 1e-6
+        slope = (examples.gradient(moved)[0] - loss) / 1e-6
+        assert slope == pytest.approx(float(gradient["W_in"].view(-1)[place]), rel=1e-2, abs=1e-7)
+
+
+def test_a_planted_region_is_found_among_changes_as_large():
+    net, delta, region = planted()
+    test = labelled(net, n=2000, seed=2)
+    size = int(region["W_in"].sum())
+    density = size / len(delta)
+
+    def gain(weights):
+        accuracy = [
+            float((test.logits(each).argmax(1) == test.answers).double().mean())
+            for each in (delta.base, weights, delta.uniform(1.0))
+        ]
+        return (accuracy[1] - accuracy[0]) / (accuracy[2] - accuracy[0])
+
+    distractors = {name: (delta.change[name] != 0) & ~mask for name, mask in region.items()}
+    assert gain(delta.weights(region)) >= 0.98
+    assert abs(gain(delta.weights(distractors))) <= 0.1
+    found = find_graft(delta, labelled(net), density=density)
+    assert len(found) == size
+    assert (found.mask["W_in"] & region["W_in"]).sum() >= 0.8 * size
+    assert gain(found.weights()) >= 0.95
+    # What changed most does not find it: all 76 changed alike, and the first 16 are taken in order.
+    shuffled = Delta(base=delta.base, change={name: tensor * _jitter(tensor) for name, tensor in delta.change.items()})
+    largest_changes = find_graft(shuffled, labelled(net), method="magnitude", density=density)
+    assert (largest_changes.mask["W_in"] & region["W_in"]).sum() <= 0.5 * size
+    assert gain(find_graft(delta, labelled(net), method="random", density=density).weights()) <= 0.15
+
+
+def _jitter(tensor):
+    return 1 + 1e-3 * torch.rand(tensor.shape, generator=torch.Generator().manual_seed(5))
+
+
+def test_a_judgement_separates_the_planted_region_from_its_controls():
+    net, delta, region = planted()
+    foreign = Delta(base=delta.base, change={name: tensor.roll(1, -1) for name, tensor in delta.change.items()})
+    density = int(region["W_in"].sum()) / len(delta)
+    found = judged(find_graft(delta, labelled(net), density=density), net, foreign=foreign)
+    rows = found.rows().set_index("weights_of")
+    assert rows.loc["base", "relative_gain"] == 0
+    assert rows.loc["donor", "relative_gain"] == 1
+    assert rows.loc["donor", "agreement"] == 1
+    assert rows.loc["graft", "relative_gain"] >= 0.95
+    assert rows.loc["donor without it", "relative_gain"] <= 0.1
+    assert rows.loc["matched random", "relative_gain"] <= 0.3
+    assert rows.loc["donor, temperature", "accuracy"] == rows.loc["donor", "accuracy"]
+    assert rows.loc["donor, temperature", "nll"] <= rows.loc["donor", "nll"] + 1e-3
+    assert {"permuted", "foreign", "magnitude"} < set(rows.index)
+    summary = found.summary()
+    assert {"weights", "density", "accuracy", "relative_gain", "agreement", "ece", "nll", "controls", "n"} < set(
+        summary
+    )
+    assert [table.name for table in found.tables()] == ["graft_gain", "graft_places", "reliability"]
+
+
+def test_what_learns_from_noise_too_is_not_called_localised():
+    net, delta, region = planted()
+    density = int(region["W_in"].sum()) / len(delta)
+    graft = find_graft(delta, labelled(net), density=density)
+    assert judged(graft, net).localised
+    # The donor's own change under another name: a control that has all of the gain.
+    assert not judged(graft, net, foreign=delta).localised
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("biases", "layer_norms", "relaxed")])
+def test_sizes_are_exact(method):
+    net, delta, _ = planted()
+    assert len(find_graft(delta, labelled(net), method=method, density=0.01)) == round(0.01 * len(delta))
+
+
+def test_the_relaxation_comes_near_its_size():
+    net, delta, region = planted()
+    found = find_graft(delta, labelled(net), method="relaxed", density=16 / len(delta))
+    assert 8 <= len(found) <= 32
+    assert (found.mask["W_in"] & region["W_in"]).sum() >= 0.8 * len(found)
+
+
+def test_named_sets_are_taken_by_their_names():
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    base = {f"{name}": tensor.detach() for name, tensor in net.state_dict().items()}
+    delta = Delta.between(base, {name: tensor + 1 for name, tensor in base.items()}, base)
+    examples = Labelled(module=net, batches=[(torch.ones(2, 3), torch.tensor([0, 1]))], read=lambda out: out)
+    found = find_graft(delta, examples, method="biases")
+    assert {name for name, mask in found.mask.items() if mask.any()} == {"0.bias", "1.bias", "2.bias"}
+    with pytest.raises(WorkbenchError, match="no such weights"):
+        find_graft(delta, examples, method="layer_norms")
+
+
+def test_the_largest_scores_are_kept_over_all_tensors():
+    kept = largest({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([[2.0], [3.0]])}, 3)
+    assert kept["a"].tolist() == [True, False]
+    assert kept["b"].tolist() == [[True], [True]]
+
+
+def test_a_matched_mask_has_as_many_in_each_tensor():
+    mask = {"a": torch.arange(30).reshape(5, 6) < 7, "b": torch.zeros(4, dtype=torch.bool)}
+    drawn = matched(mask, torch.Generator().manual_seed(0))
+    assert drawn["a"].sum() == 7
+    assert drawn["b"].sum() == 0
+    assert not torch.equal(drawn["a"], mask["a"])
+
+
+def test_grafts_unite_and_overlap_as_worked_by_hand():
+    base = {"w": torch.zeros(4)}
+    one = Graft(
+        delta=Delta.between(base, {"w": torch.tensor([1.0, 1, 1, 1])}, base), mask={"w": mask(1, 1, 0, 0)}, method="m"
+    )
+    two = Graft(
+        delta=Delta.between(base, {"w": torch.tensor([3.0, 3, 3, 3])}, base), mask={"w": mask(0, 1, 1, 0)}, method="m"
+    )
+    assert union([one, two])["w"].tolist() == [1, 2, 3, 0]
+    assert overlap(one.mask, two.mask) == (0.5, 0.5)
+    assert one.removed()["w"].tolist() == [0, 0, 1, 1]
+    assert one.density == 0.5
+    assert len(one.without(["w"])) == 0
+    assert overlaps({"one": one, "two": two}).frame["overlap"].tolist() == [1, 0.5, 0.5, 1]
+    other = Graft(delta=Delta.between({"w": torch.ones(4)}, {"w": torch.zeros(4)}, ["w"]), mask=one.mask, method="m")
+    with pytest.raises(WorkbenchError, match="different bases"):
+        union([one, other])
+    with pytest.raises(WorkbenchError, match="empty region"):
+        overlap(one.mask, {"w": mask(0, 0, 0, 0)})
+
+
+def mask(*values):
+    return torch.tensor(values, dtype=torch.bool)
+
+
+def test_places_are_layers_and_components():
+    assert place_of("weights.2.attn.W_Q") == ("2", "attn.W_Q")
+    assert place_of("embed.W_E") == ("-", "embed.W_E")
+
+
+def test_relative_gain_is_that_of_the_counts():
+    answers = torch.tensor([1] * 10)
+
+    def right(n):
+        logits = torch.zeros(10, 2)
+        logits[:n, 1], logits[n:, 0] = 1.0, 1.0
+        return Judged(name="x", weights=0, logits=logits, answers=answers)
+
+    found = relative_gain(right(7), right(5), right(9))
+    assert found is not None
+    assert found.mean == pytest.approx(0.5)
+    assert found.low <= 0.5 <= found.high
+    assert relative_gain(right(7), right(5), right(5)) is None
+
+
+@pytest.mark.parametrize(
+    ("donor", "message"),
+    [
+        ({"w": torch.zeros(3)}, "one shape and one vocabulary"),
+        ({}, "donor has no tensor 'w'"),
+        ({"w": torch.tensor([torch.nan, 0])}, "not finite"),
+        ({"w": torch.zeros(2)}, "nothing to graft"),
+    ],
+)
+def test_what_cannot_be_grafted_is_refused(donor, message):
+    with pytest.raises(WorkbenchError, match=message):
+        Delta.between({"w": torch.zeros(2)}, donor, ["w"])
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.01, float("nan")])
+def test_a_density_is_a_share(density):
+    net, delta, _ = planted()
+    with pytest.raises(WorkbenchError, match="density must be above 0"):
+        find_graft(delta, labelled(net), density=density)
+
+
+def test_unknown_methods_and_wrong_masks_are_refused():
+    net, delta, _ = planted()
+    with pytest.raises(WorkbenchError, match="Did you mean 'magnitude'"):
+        find_graft(delta, labelled(net), method="magnitud")
+    with pytest.raises(WorkbenchError, match="one value for each weight"):
+        Graft(delta=delta, mask={"W_in": torch.zeros(2, dtype=torch.bool)}, method="m")
