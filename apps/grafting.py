@@ -127,8 +127,8 @@ def delta_of(base: Run, donor: Run) -> Delta:
     if start is None or start.sha256 != base.checkpoint().sha256:
         began = "with weights of its own" if start is None else f"with {start.run!r} at step {start.step}"
         raise WorkbenchError(
-            f"{donor.reference!r} did not begin with {base.reference!r} but {began}: a graft is between a base and what "
-            f"was fine-tuned from it. Make one: `workbench finetune {base.reference} tone`."
+            f"{donor.reference!r} did not begin with {base.reference!r} but {began}: a graft is between a base and "
+            f"what was fine-tuned from it. Make one: `workbench finetune {base.reference} tone`."
         )
     names = [name for name, _ in base.model().named_parameters() if name.startswith("weights.")]
     return Delta.between(base.checkpoint().tensors(), donor.checkpoint().tensors(), names)

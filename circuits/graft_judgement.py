@@ -1,4 +1,4 @@
-"""What a graft is worth: accuracy, relative gain, agreement, likelihood and calibration, beside base, donor and controls."""
+"""What a graft is worth: accuracy, gain, agreement, likelihood and calibration, beside base, donor and controls."""
 
 from __future__ import annotations
 

@@ -6,10 +6,8 @@ import math
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 BINS = 15
 COLDEST, HOTTEST = 0.05, 20.0
@@ -60,10 +58,11 @@ def fitted_temperature(logits: Float[Tensor, "example label"], answers: Int[Tens
     The cross-entropy is convex in the temperature's inverse, so halving by the sign of its slope finds it.
     """
     low, high = 1 / HOTTEST, 1 / COLDEST
+    logits, right = logits.double(), logits.double().gather(1, answers[:, None])[:, 0]
     for _ in range(HALVINGS):
-        inverse = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
-        (slope,) = torch.autograd.grad(functional.cross_entropy(inverse * logits.double(), answers), inverse)
-        low, high = (low, float(inverse)) if slope > 0 else (float(inverse), high)
+        middle = (low + high) / 2
+        expected = ((middle * logits).softmax(1) * logits).sum(1)
+        low, high = (low, middle) if float((expected - right).mean()) > 0 else (middle, high)
     return 2 / (low + high)
 
 

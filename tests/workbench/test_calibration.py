@@ -37,7 +37,7 @@ def test_chance_is_taken_off_a_calibrated_model_and_a_fault_is_left():
         bins = reliability(*drawn(300, seed=seed))
         plain.append(calibration_error(bins))
         debiased.append(debiased_calibration_error(bins))
-    assert sum(debiased) < 0.6 * sum(plain)
+    assert sum(debiased) < 0.7 * sum(plain)
     bins = reliability(*drawn(20_000, heat=0.25))
     assert debiased_calibration_error(bins) == pytest.approx(calibration_error(bins), abs=0.01)
 
