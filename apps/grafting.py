@@ -13,7 +13,7 @@ from apps.analyses import kept
 from apps.printing import Printout, as_columns, as_lines, progress_bar, share_bar, stopwatch
 from circuits.graft_judgement import GraftJudgement, judge
 from circuits.graft_masks import Labelled, OnProgress, find_graft
-from circuits.grafting import Delta
+from circuits.grafting import Delta, Graft
 from workbench.intervals import columns_of, student_of
 from workbench.runtime import WorkbenchError, code_version
 from workbench.store import Provenance, new_run
@@ -115,6 +115,14 @@ def graft_of(
             parents=(base.checkpoint().sha256, donor.checkpoint().sha256),
         ),
     )
+
+
+def learn_regions(base: Run, donors: Mapping[str, Run], *, method: str, density: float) -> dict[str, Graft]:
+    """The graft of each donor, found on its own training examples."""
+    return {
+        name: find_graft(delta_of(base, donor), examples_of(base, donor, "train"), method=method, density=density)
+        for name, donor in donors.items()
+    }
 
 
 def delta_of(base: Run, donor: Run) -> Delta:

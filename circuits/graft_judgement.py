@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -21,6 +21,7 @@ from workbench.tables import Table
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 """Shares of the change that uniform interpolation tries."""
+DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 LEAST_GAIN = 0.1
 """Accuracy that fine-tuning must gain for a relative gain to mean anything."""
 
@@ -210,6 +211,39 @@ def judge(
     scaled = next(each for each in judged if each.name == "donor").logits / temperature
     judged.append(Judged(name="donor, temperature", weights=len(delta), logits=scaled, answers=test.answers))
     return GraftJudgement(graft=graft, judged=tuple(judged), temperature=temperature, provenance=provenance)
+
+
+def over_densities(
+    delta: Delta, train: Labelled, test: Labelled, *, densities: Sequence[float] = DENSITIES, seed: int = 0
+) -> Table:
+    """Relative gain by density: of learned regions, the largest changes, random ones, and a permuted change."""
+    permuted = delta.permuted(generator(seed, "graft permuted"))
+    ways = {
+        "learned": (delta, "learned"),
+        "magnitude": (delta, "magnitude"),
+        "random": (delta, "random"),
+        "learned, permuted change": (permuted, "learned"),
+    }
+
+    def judged(weights: Weights) -> Judged:
+        return Judged(name="", weights=0, logits=test.logits(weights), answers=test.answers)
+
+    base, donor = judged(delta.uniform(0.0)), judged(delta.uniform(1.0))
+    rows = []
+    for way, (change, method) in ways.items():
+        for density in densities:
+            graft = find_graft(change, train, method=method, density=density, seed=seed)
+            gain = relative_gain(judged(graft.weights()), base, donor)
+            rows.append({"way": way, "density": density, "weights": len(graft), **columns_of("relative_gain", gain)})
+    return Table(
+        name="graft_sizes",
+        frame=pd.DataFrame(rows),
+        kind="curve",
+        axes={"x": "density", "y": "relative_gain", "series": "way", "low": "relative_gain_low",
+              "high": "relative_gain_high"},
+        unit="relative gain",
+        caption=f"Share of the donor's gain by the share of weights grafted; n = {len(test):,}, 95 % paired bootstrap.",
+    )  # fmt: skip
 
 
 def overlaps(grafts: Mapping[str, Graft]) -> Table:

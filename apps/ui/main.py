@@ -3,7 +3,7 @@
 import streamlit as st
 
 from apps.ui.state import user_errors_shown
-from apps.ui.views import circuit, dynamics, explore, program, report, runs, search, train
+from apps.ui.views import circuit, dynamics, explore, graft, program, report, runs, search, train
 
 st.set_page_config(page_title="Interp Workbench", layout="wide")
 pages = [
@@ -14,6 +14,7 @@ pages = [
     st.Page(circuit.page, title="Circuit", url_path="circuit"),
     st.Page(search.page, title="Search", url_path="search"),
     st.Page(program.page, title="Program", url_path="program"),
+    st.Page(graft.page, title="Graft", url_path="graft"),
     st.Page(report.page, title="Report", url_path="report"),
 ]
 with user_errors_shown():
