@@ -90,11 +90,14 @@ def eager(trainer: Trainer, data: Dataset) -> Run:
 
 
 def bridge(trainer: Trainer, data: Dataset) -> Run:
-    """TransformerLens' native model; of its gradients, that of the token embedding is compared."""
+    """TransformerLens' native model; of its gradients, that of the position embedding is compared.
+
+    Its other parameters are laid out differently, and a tied unembedding is a matrix of its own.
+    """
     assert isinstance(trainer.model, Transformer)
     model = to_bridge(trainer.model)[0]
     step = _plain_step(model, model, trainer.config, data)
-    return lambda: (step(), {"embed.W_E": model.embed.weight.grad})[1]
+    return lambda: (step(), {"pos_embed.W_pos": model.pos_embed.weight.grad})[1]
 
 
 def materialised(trainer: Trainer, data: Dataset) -> Run:

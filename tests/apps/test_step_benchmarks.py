@@ -17,6 +17,7 @@ from workbench.tasks.graph_search import GraphSearch
 from workbench.training import loop
 from workbench.training.acceleration import cross_entropy
 from workbench.training.program_recipes import program_smoke
+from workbench.training.reasoner_recipes import composition_smoke
 from workbench.training.recipe import Recipe
 from workbench.training.recipes import modular_smoke
 from workbench.training.search_recipes import search_smoke
@@ -25,6 +26,13 @@ from workbench.training.search_recipes import search_smoke
 def drawn_modular() -> Recipe:
     recipe = modular_smoke()
     return replace(recipe, train=replace(recipe.trainable(), batch_size=20))
+
+
+def tied_composition() -> Recipe:
+    recipe = composition_smoke()
+    assert isinstance(recipe.model, ModelConfig)
+    assert recipe.model.tied
+    return replace(recipe, model=replace(recipe.model, d_model=16, n_heads=2, d_head=8, d_mlp=32))
 
 
 def small_search() -> Recipe:
@@ -47,6 +55,7 @@ def toy(make: Callable[[], Recipe], peer: dict[str, object]) -> Benchmark:
         (modular_smoke, EAGER),
         (modular_smoke, BRIDGE),
         (drawn_modular, EAGER),
+        (tied_composition, BRIDGE),
         (small_search, EAGER),
         (small_search, BRIDGE),
         (program_smoke, MATERIALISED),
