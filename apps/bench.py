@@ -2,7 +2,8 @@
 
 Both sides run alternately in one process on one thread, the clock is the CPU time of the process, and what is reported
 is the ratio of medians with a bootstrap interval over rounds. Every round's results are compared, too: a fast answer
-that is another answer is no answer.
+that is another answer is no answer. Beside them, in every round, the rate is taken at which the machine multiplies
+matrices, and ours is told as a share of it: how much is left to gain without computing less.
 
 A benchmark is one function that returns a `Benchmark`, and an entry in `BENCHMARKS`.
 """
@@ -22,6 +23,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from workbench.runtime import WorkbenchError, code_version, generator, one_thread, thread_count
 from workbench.store import Provenance
@@ -32,6 +35,8 @@ ROUND_SECONDS = 0.5
 """A side that takes less runs several times in a round, so that the clock's grain and a cold cache do not count."""
 RESAMPLES = 2000
 LEVEL = 0.95
+GEMM_SIZE = 1024
+"""Rows and columns of the float32 matrices whose product is the machine's rate."""
 Run = Callable[[], Any]
 
 
@@ -70,6 +75,10 @@ class BenchmarkResult:
     high: float
     distance: float
     """Largest distance between the two results in any round."""
+    flops: int
+    """Floating-point operations of the matrix products in ours."""
+    gemm_rates: tuple[float, ...]
+    """Floating-point operations a second of a large matrix product, round by round."""
     conditions: Mapping[str, object]
     provenance: Provenance
 
@@ -82,6 +91,11 @@ class BenchmarkResult:
     def met(self) -> bool:
         """Whether the gate is met, by equal results."""
         return self.agrees and self.low >= self.benchmark.gate
+
+    @property
+    def gemm_share(self) -> float:
+        """Rate of the matrix products in ours, all of its time counted, over the machine's."""
+        return self.flops / _median(self.ours) / _median(self.gemm_rates)
 
     def summary(self) -> dict[str, object]:
         """What the command line prints."""
@@ -98,6 +112,8 @@ class BenchmarkResult:
             "tolerance": self.benchmark.tolerance,
             "agrees": self.agrees,
             "seconds": {"peer": _median(self.theirs), "ours": _median(self.ours)},
+            "gemm_share": self.gemm_share,
+            "gemm_flops_per_second": _median(self.gemm_rates),
             "n": len(self.ours),
             "conditions": dict(self.conditions),
         }
@@ -145,6 +161,7 @@ def measure(
         threads, load = thread_count(), os.getloadavg()[0]
         sides = benchmark.prepare()
         calls = [max(1, math.ceil(round_seconds / max(_timed(side, 1)[1], 1e-6))) for side in sides]
+        flops, rates = _matrix_flops(sides[1]), list[float]()
         distances: list[float] = []
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(repeats):
@@ -154,6 +171,7 @@ def measure(
                 results.append(result)
                 times.append(spent)
             distances.append(benchmark.agreement(*results))
+            rates.append(_gemm_rate())
     low, high = _interval(*seconds, seed=seed)
     measured = {"threads": threads, "load_before": load, "load_after": os.getloadavg()[0], **_versions()}
     return BenchmarkResult(
@@ -165,9 +183,34 @@ def measure(
         high=high,
         # max() would pass over a NaN that is not the first.
         distance=float(torch.tensor(distances, dtype=torch.float64).max()),
+        flops=flops,
+        gemm_rates=tuple(rates),
         conditions={**benchmark.conditions, **measured},
         provenance=Provenance(code_version=code_version(), seed=seed),
     )
+
+
+class MatrixFlops(TorchDispatchMode):
+    """Counts floating-point operations of matrix products by torch's formulas.
+
+    torch's own counter follows modules by hooks, which fail where gradients are off, and passes over attention on a
+    processor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """As torch calls it."""
+        result, packet = func(*args, **(kwargs or {})), func.overloadpacket
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.total += sdpa_flop_count(*(each.shape for each in args[:3]))
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.total += sdpa_backward_flop_count(*(each.shape for each in args[:4]))
+        elif packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _timed(side: Run, calls: int) -> tuple[Any, float]:
@@ -182,6 +225,19 @@ def _timed(side: Run, calls: int) -> tuple[Any, float]:
         return result, (time.process_time() - begun) / calls
     finally:
         gc.enable()
+
+
+def _matrix_flops(side: Run) -> int:
+    """Floating-point operations of the matrix products in one call."""
+    with MatrixFlops() as counter:
+        side()
+    return counter.total
+
+
+def _gemm_rate() -> float:
+    """Floating-point operations a second of a square float32 product, the fastest of a few."""
+    matrix = torch.ones(GEMM_SIZE, GEMM_SIZE)
+    return 2 * GEMM_SIZE**3 / min(_timed(lambda: matrix @ matrix, 1)[1] for _ in range(3))
 
 
 def _interval(theirs: Sequence[float], ours: Sequence[float], *, seed: int) -> tuple[float, float]:

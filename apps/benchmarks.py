@@ -1,4 +1,4 @@
-"""What is measured: sweeps and circuits against a named peer, or against the plain way to the same numbers.
+"""What is measured: training steps, sweeps and circuits against a named peer, or the plain way to the same numbers.
 
 A benchmark is one function that returns a `Benchmark`, and an entry in `BENCHMARKS`.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apps.bench import REPEATS, Benchmark, BenchmarkResult, Run, measure
+from apps.step_benchmarks import STEPS
 from circuits.acdc import acdc
 from circuits.attention_effects import CleanPass, score
 from circuits.attention_ops import EditedPass
@@ -367,6 +368,7 @@ SEARCH = ModelConfig(
     embedding="one_hot", tied=True, biases=("attn", "mlp"), causal=False, pad_token=13,
 )  # fmt: skip
 BENCHMARKS: Mapping[str, Callable[[], Benchmark]] = {
+    **STEPS,
     "patch-toy-1": partial(_toy_patching, 1, 12.1),
     "patch-toy-32": partial(_toy_patching, 32, 4.5),
     "patch-gpt2": _gpt2_patching,

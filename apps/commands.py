@@ -299,7 +299,7 @@ def bench(options: argparse.Namespace) -> Printout:
     from apps.benchmarks import BENCHMARKS, run_benchmark
 
     found = [run_benchmark(name, repeats=options.repeats).summary() for name in options.names or BENCHMARKS]
-    columns = ("name", "ratio", "ratio_interval", "gate", "met", "agreement", "n", "peer")
+    columns = ("name", "ratio", "ratio_interval", "gate", "met", "agreement", "gemm_share", "n", "peer")
     met = all(each["met"] for each in found)
     return Printout(content={"benchmarks": found, "met": met}, text=as_columns(found, columns))
 

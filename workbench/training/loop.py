@@ -163,7 +163,7 @@ class Trainer:
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = config.rate(self.position.step)
-        own, count = self._draw()
+        own, count = self.draw()
         # Gradients of several processes are averaged: each gives its share times their number.
         loss = self.wrapped(own, count / self.accelerator.num_processes, self._draw_noise(own))
         for optimiser in self.optimisers:
@@ -254,7 +254,8 @@ class Trainer:
                 checkpoint.path.with_suffix(".json").unlink()
                 checkpoint.path.unlink(missing_ok=True)
 
-    def _draw(self) -> tuple[Dataset, int]:
+    def draw(self) -> tuple[Dataset, int]:
+        """This process's rows of the next batch, and the answers of all of it."""
         if self.own_rows is not None:
             return self.own_rows, int(self.train_split.read.sum())
         assert self.config.batch_size is not None
