@@ -189,7 +189,7 @@ def _as_text(found: Sequence[Mapping[str, Any]]) -> str:
                 "base": each["base"], "donor": each["donor"], "graft": graft_row, **each["controls"]
             }.items()
         ]  # fmt: skip
-        said = "localised" if each["localised"] else "not localised: needs 0.9 (lower end) where controls have 0.3"
+        said = "localised" if each["localised"] else f"not localised: {each['objection']}"
         head = f"{each['run']}: {each['method']}, density {each['density']:.4g}, n = {each['n']:,}: {said}"
         parts.append(head + "\n" + as_columns([{name: _shown(row[name]) for name in COLUMNS} for row in rows], COLUMNS))
     return "\n\n".join(parts)

@@ -24,6 +24,9 @@ SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 LEAST_GAIN = 0.1
 """Accuracy that fine-tuning must gain for a relative gain to mean anything."""
+ENOUGH, TOO_MUCH = 0.9, 0.3
+"""Relative gain of a region that carries a skill, at its lower end, and what is too much for a control."""
+CONTROLS = ("matched random", "permuted", "foreign")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -78,13 +81,24 @@ class GraftJudgement:
         return next(each for each in self.judged if each.name == name)
 
     @property
-    def localised(self) -> bool:
-        """Whether the region alone carries the skill: a gain of at least 0.9 (lower end) where controls have 0.3."""
+    def objection(self) -> str | None:
+        """What stands against calling the skill localised in the region; None if nothing does."""
         rows = self.rows().set_index("weights_of")
-        controls = rows.loc[[name for name in ("matched random", "permuted", "foreign") if name in rows.index]]
-        gain = rows.loc["graft", "relative_gain_low"]
-        enough = rows.loc["donor", "accuracy"] - rows.loc["base", "accuracy"] >= LEAST_GAIN
-        return bool(enough and gain >= 0.9 and (controls["relative_gain"] <= 0.3).all())
+        gained = float(rows.loc["donor", "accuracy"]) - float(rows.loc["base", "accuracy"])
+        if gained < LEAST_GAIN:
+            return f"fine-tuning gained {gained:.3f} in accuracy, less than {LEAST_GAIN}, of which shares say little"
+        low = float(rows.loc["graft", "relative_gain_low"])
+        if low < ENOUGH:
+            return f"the lower end of the relative gain is {low:.2f}, and {ENOUGH} is wanted"
+        for name in CONTROLS:
+            if name in rows.index and (control := float(rows.loc[name, "relative_gain"])) > TOO_MUCH:
+                return f"the control '{name}' has {control:.2f} of the gain, more than {TOO_MUCH}"
+        return None
+
+    @property
+    def localised(self) -> bool:
+        """Whether the region alone carries the skill: a gain of 0.9 (lower end) where no control has more than 0.3."""
+        return self.objection is None
 
     def rows(self) -> pd.DataFrame:
         """A row for each set of weights."""
@@ -123,7 +137,7 @@ class GraftJudgement:
                     "low": "relative_gain_low",
                     "high": "relative_gain_high",
                 },
-                unit="relative gain",
+                unit="share of the donor's gain",
                 caption=(
                     f"Share of the donor's gain in accuracy that each set of weights has: n = {n:,} test examples, "
                     f"95 % paired bootstrap. The graft has {len(self.graft):,} of {len(self.graft.delta):,} weights."
@@ -153,6 +167,7 @@ class GraftJudgement:
             "controls": rows,
             "donor_temperature": self.temperature,
             "localised": self.localised,
+            "objection": self.objection,
         }
 
 
@@ -241,7 +256,7 @@ def over_densities(
         kind="curve",
         axes={"x": "density", "y": "relative_gain", "series": "way", "low": "relative_gain_low",
               "high": "relative_gain_high"},
-        unit="relative gain",
+        unit="share of the donor's gain",
         caption=f"Share of the donor's gain by the share of weights grafted; n = {len(test):,}, 95 % paired bootstrap.",
     )  # fmt: skip
 

@@ -150,9 +150,19 @@ def test_what_learns_from_noise_too_is_not_called_localised():
     net, delta, region = planted()
     density = int(region["W_in"].sum()) / len(delta)
     graft = find_graft(delta, labelled(net), density=density)
-    assert judged(graft, net).localised
+    assert judged(graft, net).objection is None
     # The donor's own change under another name: a control that has all of the gain.
-    assert not judged(graft, net, foreign=delta).localised
+    found = judged(graft, net, foreign=delta)
+    assert not found.localised
+    assert "control 'foreign' has 1.00 of the gain" in str(found.objection)
+    random = judged(find_graft(delta, labelled(net), method="random", density=density), net)
+    assert "lower end of the relative gain" in str(random.objection)
+
+
+def test_a_donor_that_gained_little_localises_nothing():
+    net, delta, region = planted()
+    weak = Delta(base=delta.base, change={name: 1e-3 * tensor for name, tensor in delta.change.items()})
+    assert "fine-tuning gained" in str(judged(Graft(delta=weak, mask=region, method="learned"), net).objection)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("biases", "layer_norms", "relaxed")])

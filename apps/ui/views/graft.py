@@ -68,20 +68,30 @@ def _figures(found: GraftJudgement) -> None:
     gain, _, reliability = found.tables()
     rows = gain.frame.set_index("weights_of")
     one, two, three, four, five = st.columns(5)
-    one.metric("Weights", f"{len(found.graft):,}", f"{found.graft.density:.2%} of them", delta_color="off")
+    one.metric(
+        "Weights", f"{len(found.graft):,}", f"{found.graft.density:.2%} of them", delta_color="off", delta_arrow="off"
+    )
     accuracy = rows.loc["graft", "accuracy"]
-    two.metric("Accuracy", f"{accuracy:.3f}", f"base {rows.loc['base', 'accuracy']:.3f}", delta_color="off")
+    two.metric(
+        "Accuracy", f"{accuracy:.3f}", f"base {rows.loc['base', 'accuracy']:.3f}", delta_color="off", delta_arrow="off"
+    )
     low, high = rows.loc["graft", "relative_gain_low"], rows.loc["graft", "relative_gain_high"]
     three.metric(
-        "Relative gain", f"{rows.loc['graft', 'relative_gain']:.2f}", f"{low:.2f} to {high:.2f}", delta_color="off"
+        "Relative gain",
+        f"{rows.loc['graft', 'relative_gain']:.2f}",
+        f"{low:.2f} to {high:.2f}",
+        delta_color="off",
+        delta_arrow="off",
     )
     four.metric("Answers as the donor's", f"{rows.loc['graft', 'agreement']:.3f}")
     donors = f"donor {rows.loc['donor', 'ece_debiased']:.3f}"
-    five.metric("Calibration error", f"{rows.loc['graft', 'ece_debiased']:.3f}", donors, delta_color="off")
+    five.metric(
+        "Calibration error", f"{rows.loc['graft', 'ece_debiased']:.3f}", donors, delta_color="off", delta_arrow="off"
+    )
     if found.localised:
         st.success("Localised: the gain's lower end is at least 0.9, and no control has more than 0.3 of it.")
     else:
-        st.warning("Not localised: that needs 0.9 of the gain at the lower end, and at most 0.3 in every control.")
+        st.warning(f"Not localised: {found.objection}.")
     left, right = st.columns([3, 2])
     left.plotly_chart(figure(gain).update_layout(title_text="", height=360, margin_t=16), key="gain")
     left.caption(gain.caption)
