@@ -71,10 +71,10 @@ gallery: setup ## trains the gallery's runs anew, minutes each; delete workbench
 	$(BIN)/workbench train program-hist --run gallery-hist
 	$(BIN)/python -m apps.gallery gallery-hist hist 6
 	$(BIN)/workbench train skills --run gallery-skills
-	$(BIN)/python -m apps.gallery gallery-skills skills-base 3
+	$(BIN)/python -m apps.gallery gallery-skills skills-base 4
 	for skill in tone topic ends repeat; do \
 		$(BIN)/workbench finetune gallery:skills-base $$skill --run gallery-skills-$$skill; \
-		$(BIN)/python -m apps.gallery gallery-skills-$$skill skills-$$skill 3; \
+		$(BIN)/python -m apps.gallery gallery-skills-$$skill skills-$$skill 4; \
 	done
 
 clean: ## removes .venv and the caches; keeps runs/

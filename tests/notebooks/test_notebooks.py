@@ -5,6 +5,8 @@ import pytest
 from nbclient import NotebookClient
 
 from workbench.store import new_run
+from workbench.training.checkpoints import load
+from workbench.training.finetune import donor_recipe
 from workbench.training.loop import train
 from workbench.training.recipes import find_recipe
 
@@ -33,14 +35,30 @@ def search(tmp_path_factory):
     return train(find_recipe("search-smoke").override(settings), new_run("search", tmp_path_factory.mktemp("searches")))
 
 
+@pytest.fixture(scope="module")
+def donors(tmp_path_factory):
+    """A base of skills, and two donors."""
+    runs = tmp_path_factory.mktemp("donors")
+    short = ["steps=40", "size=600", "batch_size=32", "evaluate_every=40"]
+    base = train(find_recipe("skills-smoke").override([*short, "cooldown=0"]), new_run("base", runs))
+    taught = [
+        train(donor_recipe(load("base", runs=runs), skill).override(short), new_run(skill, runs))
+        for skill in ("tone", "ends")
+    ]
+    return base, *taught
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_from_top_to_bottom(path, smoke_run, reasoners, search, monkeypatch):
+def test_notebook_runs_from_top_to_bottom(path, smoke_run, reasoners, search, donors, monkeypatch):
     chains, looped = reasoners
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_RUN", str(smoke_run.folder.path))
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_REASONER", str(chains.folder.path))
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_LOOPED", str(looped.folder.path))
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_SEARCH", str(search.folder.path))
+    base, *taught = [str(run.folder.path) for run in donors]
+    monkeypatch.setenv("WORKBENCH_NOTEBOOK_BASE", base)
+    monkeypatch.setenv("WORKBENCH_NOTEBOOK_DONORS", ",".join(taught))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -121,6 +121,14 @@ def test_thinning_spends_all_its_checkpoints(tmp_path):
     assert {0, 50, 3000} <= set(steps)
 
 
+@pytest.mark.parametrize(("memorised", "generalised"), [(500, 2000), (2000, 500), (50, 100)])
+def test_four_checkpoints_are_the_moments_and_the_ends(tmp_path, memorised, generalised):
+    run = story(new_run("story", tmp_path), memorised=memorised, generalised=generalised)
+    assert [each.step for each in thin(run, 4)] == sorted({0, memorised, generalised, 3000})
+    with pytest.raises(WorkbenchError, match="at least 4 checkpoints"):
+        thin(run, 3)
+
+
 def test_run_without_checkpoints_says_so(tmp_path):
     folder = new_run("empty", tmp_path)
     with pytest.raises(WorkbenchError, match="has no checkpoints yet"):

@@ -29,6 +29,8 @@ ModelT = TypeVar("ModelT", Transformer, TransformerProgram)
 METRICS = "metrics.jsonl"
 MEASURES = "measures.jsonl"
 STATUS = "status.json"
+LEAST = 4
+"""Checkpoints that tell a run's story: the first, the moments of memorising and generalising, the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +207,14 @@ def thin(run: Run, count: int, *, among: Collection[int] | None = None) -> tuple
 
     The moments of memorising and generalising, the first and the last are always among them. They are taken from those
     at the steps `among`, if given, else from all.
+
+    Raises:
+        WorkbenchError: fewer than these four are asked for.
     """
+    if count < LEAST:
+        raise WorkbenchError(
+            f"A thinned run keeps at least {LEAST} checkpoints, its moments and its ends; got {count}."
+        )
     marks = run.log.landmarks()
     known = [checkpoint for checkpoint in run.checkpoints if among is None or checkpoint.step in among]
     # A run may generalise before it has memorised all of its training set.
@@ -214,7 +223,8 @@ def thin(run: Run, count: int, *, among: Collection[int] | None = None) -> tuple
     before = [checkpoint for checkpoint in known if checkpoint.step < start]
     after = [checkpoint for checkpoint in known if checkpoint.step > end]
     rest = count - count // 2
-    outside = [*_spread(before, rest // 2), *_spread(after, rest - rest // 2)]
+    # From its end: where one is left of what comes after, it is the run's last.
+    outside = [*_spread(before, rest // 2), *_spread(after[::-1], rest - rest // 2)]
     # What a run that starts or ends in between leaves over tells more of what lies there.
     chosen = [*outside, *_spread(inside, count - len(outside))]
     return tuple(sorted(chosen, key=lambda checkpoint: checkpoint.step))

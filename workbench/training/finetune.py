@@ -9,7 +9,7 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -91,6 +91,13 @@ def begin(model: Model, recipe: Recipe, folder: RunFolder) -> None:
             parameter.requires_grad_(False)
         for parameter in model.weights.parameters():
             parameter.requires_grad_(True)
+
+
+def with_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transformer:
+    """A copy of a model with some of its weights replaced."""
+    other = Transformer(model.config, generator=None)
+    other.load_state_dict({**model.state_dict(), **weights})
+    return other
 
 
 @torch.no_grad()
