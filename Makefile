@@ -70,6 +70,10 @@ gallery: setup ## trains the gallery's runs anew, minutes each; delete workbench
 	$(BIN)/python -m apps.gallery gallery-search search 12
 	$(BIN)/workbench train program-hist --run gallery-hist
 	$(BIN)/python -m apps.gallery gallery-hist hist 6
+	for task in reverse sort; do \
+		$(BIN)/workbench train program-$$task --run gallery-$$task; \
+		$(BIN)/python -m apps.gallery gallery-$$task $$task 6; \
+	done
 	$(BIN)/workbench train skills --run gallery-skills
 	$(BIN)/python -m apps.gallery gallery-skills skills-base 4
 	for skill in tone topic ends repeat; do \
