@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     finetune.add_argument("base", help="a run of the recipe skills, or gallery:NAME")
     finetune.add_argument("task", help="tone, topic, ends or repeat")
     finetune.add_argument("--way", default="l1", help="how: l1 (AdamW with an L1 penalty on the change), adamw, sgd")
-    finetune.add_argument("--run", help="name of the run (default: BASE-TASK-WAY)")
+    finetune.add_argument("--run", help="name of the run (default: the base's recipe, task and way)")
     finetune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field; repeatable")
     finetune.add_argument("--seed", type=int, default=0, help="of the batches")
     finetune.add_argument("--resume", action="store_true", help="go on with the donor that is there")

@@ -31,16 +31,16 @@ COLUMNS = ("weights_of", "weights", "accuracy", "relative_gain", "low", "high", 
 def finetune(options: argparse.Namespace) -> Printout:
     """Train a donor, or go on with one."""
     with stopwatch() as clock:
+        base = load(options.base, runs=options.runs)
+        recipe = donor_recipe(base, options.task, way=options.way, seed=options.seed).override(options.set)
+        name = recipe.name if options.run is None else options.run
         if options.resume:
             if options.set or options.seed:
                 raise WorkbenchError("--resume goes on with the donor's own recipe; leave --set and --seed out.")
-            name = options.run or f"{options.base}-{options.task}-{options.way}"
             found = load(name, runs=options.runs)
             recipe, folder = found.recipe, found.folder
         else:
-            base = load(options.base, runs=options.runs)
-            recipe = donor_recipe(base, options.task, way=options.way, seed=options.seed).override(options.set)
-            folder = new_run(recipe.name if options.run is None else options.run, options.runs)
+            folder = new_run(name, options.runs)
         with progress_bar(f"finetune {folder.reference}", recipe) as on_progress:
             run = train(recipe, folder, resume=options.resume, on_progress=on_progress)
     first, last = run.log.rows[0], run.log.rows[-1]

@@ -37,6 +37,13 @@ def test_a_donor_is_told(runs, capsys):
     assert content["steps"] == 30
 
 
+def test_a_donor_without_a_name_is_found_again(runs, capsys):
+    arguments = ("finetune", "base", "repeat", "--way", "adamw")
+    made = said(capsys, *arguments, *DONOR, "--runs", str(runs))
+    assert made["run"] == "skills-smoke-repeat-adamw"
+    assert said(capsys, *arguments, "--resume", "--runs", str(runs))["run"] == made["run"]
+
+
 def test_a_graft_is_judged_beside_its_controls(runs, capsys):
     content = said(capsys, "graft", "base", "tone-0", "--density", "0.02", "--foreign", "ends-0", "--runs", str(runs))
     assert {"weights", "density", "accuracy", "relative_gain", "agreement", "ece", "nll", "controls", "n", "seeds",
