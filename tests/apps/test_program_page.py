@@ -19,9 +19,9 @@ AppOn = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def programs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A runs folder with a program that was trained for a moment."""
+    """A runs folder with a program that was trained until it counts."""
     folder = tmp_path_factory.mktemp("programs")
-    settings = ["steps=60", "letters=3", "task.n_ctx=5", "size=60", "batch_size=32", "evaluate_every=30"]
+    settings = ["steps=400", "letters=3", "task.n_ctx=5", "size=60", "batch_size=64", "evaluate_every=200"]
     train(find_recipe("program-smoke").override(settings), new_run("counts", folder))
     return folder
 

@@ -125,8 +125,9 @@ def test_thinning_spends_all_its_checkpoints(tmp_path):
 def test_four_checkpoints_are_the_moments_and_the_ends(tmp_path, memorised, generalised):
     run = story(new_run("story", tmp_path), memorised=memorised, generalised=generalised)
     assert [each.step for each in thin(run, 4)] == sorted({0, memorised, generalised, 3000})
-    with pytest.raises(WorkbenchError, match="at least 4 checkpoints"):
-        thin(run, 3)
+    three = [each.step for each in thin(run, 3)]
+    assert len(three) == 3
+    assert {0, 3000} < set(three)
 
 
 def test_run_without_checkpoints_says_so(tmp_path):

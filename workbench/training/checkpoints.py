@@ -29,8 +29,6 @@ ModelT = TypeVar("ModelT", Transformer, TransformerProgram)
 METRICS = "metrics.jsonl"
 MEASURES = "measures.jsonl"
 STATUS = "status.json"
-LEAST = 4
-"""Checkpoints that tell a run's story: the first, the moments of memorising and generalising, the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,16 +203,9 @@ def add_reason(folder: RunFolder, step: int, reason: str) -> None:
 def thin(run: Run, count: int, *, among: Collection[int] | None = None) -> tuple[Checkpoint, ...]:
     """About `count` checkpoints that tell the run's story: at least half of them between memorising and generalising.
 
-    The moments of memorising and generalising, the first and the last are always among them. They are taken from those
-    at the steps `among`, if given, else from all.
-
-    Raises:
-        WorkbenchError: fewer than these four are asked for.
+    From four on the moments of memorising and generalising, the first and the last are always among them; of three, the
+    first and the last. They are taken from those at the steps `among`, if given, else from all.
     """
-    if count < LEAST:
-        raise WorkbenchError(
-            f"A thinned run keeps at least {LEAST} checkpoints, its moments and its ends; got {count}."
-        )
     marks = run.log.landmarks()
     known = [checkpoint for checkpoint in run.checkpoints if among is None or checkpoint.step in among]
     # A run may generalise before it has memorised all of its training set.
