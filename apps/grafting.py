@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from apps.analyses import kept
-from apps.printing import Printout, as_columns, as_lines, progress_bar, share_bar, stopwatch
+from apps.printing import Printout, as_columns, as_lines, progress_bar, scalars, share_bar, stopwatch
 from circuits.graft_judgement import GraftJudgement, judge
 from circuits.graft_masks import Labelled, OnProgress, find_graft
 from circuits.grafting import Delta, Graft
 from workbench.intervals import columns_of, student_of
 from workbench.runtime import WorkbenchError, code_version
 from workbench.store import Provenance, new_run
-from workbench.tasks.skills import ANSWERS, Skills
+from workbench.tasks.base import Batch
+from workbench.tasks.skills import ANSWERS
 from workbench.training.checkpoints import Run, load
 from workbench.training.finetune import donor_recipe
 from workbench.training.loop import train
@@ -76,8 +77,10 @@ def graft(options: argparse.Namespace) -> Printout:
                 _kept_graft, base_run=base, foreign_run=foreign, on_progress=_part(on_progress, place, len(donors))
             )
             found.append(kept(donor, "graft", compute, None, told))
-    content = {"base": base.reference, **_over_seeds(found), "seeds": len(donors), **clock}
-    return Printout(content=content, text=_as_text(found))
+    over_seeds = _over_seeds(found)
+    content = {"base": base.reference, **over_seeds, "seeds": len(donors), **clock}
+    means = [as_lines({**scalars(over_seeds), "seeds": len(donors)})] if len(donors) > 1 else []
+    return Printout(content=content, text="\n\n".join([*map(_as_text, found), *means]))
 
 
 def graft_of(
@@ -144,9 +147,12 @@ def delta_of(base: Run, donor: Run) -> Delta:
 
 def examples_of(base: Run, donor: Run, split: str) -> Labelled:
     """A split of the donor's task, for the base's model: yes or no, read at the question."""
-    assert isinstance(donor.task, Skills)
     batch = donor.task.examples(split)
-    batch = batch.select(slice(EXAMPLES)) if split == "train" else batch
+    return labelled(base, batch.select(slice(EXAMPLES)) if split == "train" else batch)
+
+
+def labelled(base: Run, batch: Batch) -> Labelled:
+    """Prompts of any skill, for the base's model."""
     return Labelled(module=base.model(), batches=[(batch.tokens, batch.targets[batch.read])], read=_answers)
 
 
@@ -179,20 +185,16 @@ def _over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"method": found[0]["method"], **means, "n": found[0]["n"], "donors": list(found)}
 
 
-def _as_text(found: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
-    for each in found:
-        graft_row = {name: each.get(name) for name in (*COLUMNS, "relative_gain_low", "relative_gain_high")}
-        rows = [
-            {**row, "weights_of": name, "low": row["relative_gain_low"], "high": row["relative_gain_high"]}
-            for name, row in {
-                "base": each["base"], "donor": each["donor"], "graft": graft_row, **each["controls"]
-            }.items()
-        ]  # fmt: skip
-        said = "localised" if each["localised"] else f"not localised: {each['objection']}"
-        head = f"{each['run']}: {each['method']}, density {each['density']:.4g}, n = {each['n']:,}: {said}"
-        parts.append(head + "\n" + as_columns([{name: _shown(row[name]) for name in COLUMNS} for row in rows], COLUMNS))
-    return "\n\n".join(parts)
+def _as_text(found: Mapping[str, Any]) -> str:
+    """A donor's graft with a row for each set of weights."""
+    each = {"base": found["base"], "donor": found["donor"], "graft": found, **found["controls"]}
+    rows = [
+        {**row, "weights_of": name, "low": row["relative_gain_low"], "high": row["relative_gain_high"]}
+        for name, row in each.items()
+    ]
+    said = "localised" if found["localised"] else f"not localised: {found['objection']}"
+    head = f"{found['run']}: {found['method']}, density {found['density']:.4g}, n = {found['n']:,}: {said}"
+    return head + "\n" + as_columns([{name: _shown(row[name]) for name in COLUMNS} for row in rows], COLUMNS)
 
 
 def _shown(value: Any) -> str:

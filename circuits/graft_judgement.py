@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 import torch
@@ -65,7 +66,7 @@ def relative_gain(graft: Judged, base: Judged, donor: Judged) -> Estimate | None
     return Estimate(mean=float(above.mean() / below.mean()), low=float(low), high=float(high))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class GraftJudgement:
     """A graft with everything that it is compared with, on the same test examples."""
 
@@ -83,7 +84,7 @@ class GraftJudgement:
     @property
     def objection(self) -> str | None:
         """What stands against calling the skill localised in the region; None if nothing does."""
-        rows = self.rows().set_index("weights_of")
+        rows = self.rows.set_index("weights_of")
         gained = float(rows.loc["donor", "accuracy"]) - float(rows.loc["base", "accuracy"])
         if gained < LEAST_GAIN:
             return f"fine-tuning gained {gained:.3f} in accuracy, less than {LEAST_GAIN}, of which shares say little"
@@ -100,6 +101,7 @@ class GraftJudgement:
         """Whether the region alone carries the skill: a gain of 0.9 (lower end) where no control has more than 0.3."""
         return self.objection is None
 
+    @cached_property
     def rows(self) -> pd.DataFrame:
         """A row for each set of weights."""
         base, donor = self.named("base"), self.named("donor")
@@ -124,7 +126,7 @@ class GraftJudgement:
     def tables(self) -> tuple[Table, ...]:
         """Everything side by side, the region's places, and the reliability of base, donor and graft."""
         n = len(self.judged[0].answers)
-        rows = self.rows()
+        rows = self.rows
         shown = pd.concat([self.named(name).bins.assign(of=name) for name in ("base", "donor", "graft")])
         return (
             Table(
@@ -156,7 +158,7 @@ class GraftJudgement:
 
     def summary(self) -> dict[str, object]:
         """The graft's figures, with the controls beside them."""
-        rows = {row.pop("weights_of"): row for row in self.rows().to_dict("records")}
+        rows = {row.pop("weights_of"): row for row in self.rows.to_dict("records")}
         graft = rows.pop("graft")
         return {
             "method": self.graft.method,
@@ -184,9 +186,10 @@ def judge(
 ) -> GraftJudgement:
     """Judge a graft on the test examples, beside controls of the same size.
 
-    Controls: as many weights of each tensor at random; the largest changes; a region learned in the same way on the
-    same change permuted within tensors, and on another task's change if one is given; the least uniform share of the
-    whole change that is as accurate on `val`; the donor with its temperature fitted on `val`.
+    Controls: as many weights of each tensor at random, among all and among those that changed; the largest changes; a
+    region learned in the same way on the same change permuted within tensors, and on another task's change if one is
+    given; the least uniform share of the whole change that is as accurate on `val`; the donor with its temperature
+    fitted on `val`.
 
     Args:
         graft: what is judged.
@@ -199,15 +202,18 @@ def judge(
         on_progress: told the share that is done.
     """
     delta, size = graft.delta, len(graft)
-    none = {name: torch.zeros_like(tensor) for name, tensor in graft.mask.items()}
+    no_preference = {name: torch.zeros_like(tensor) for name, tensor in graft.mask.items()}
+    changed = {name: tensor != 0 for name, tensor in delta.change.items()}
+    rng = generator(seed, "graft matched")
     deltas = {"permuted": delta.permuted(generator(seed, "graft permuted"))}
     deltas |= {} if foreign is None else {"foreign": foreign}
     found: dict[str, tuple[int, Weights]] = {
-        "base": (0, delta.weights(none)),
+        "base": (0, delta.base),
         "donor": (len(delta), delta.uniform(1.0)),
         "graft": (size, graft.weights()),
         "donor without it": (len(delta) - size, graft.removed()),
-        "matched random": (size, delta.weights(matched(graft.mask, generator(seed, "graft matched")))),
+        "matched random": (size, delta.weights(matched(graft.mask, no_preference, rng))),
+        "random among changed": (size, delta.weights(matched(graft.mask, changed, rng))),
     }
     method = {"density": graft.density, "seed": seed}
     if graft.method != "magnitude":
@@ -243,7 +249,7 @@ def over_densities(
     def judged(weights: Weights) -> Judged:
         return Judged(name="", weights=0, logits=test.logits(weights), answers=test.answers)
 
-    base, donor = judged(delta.uniform(0.0)), judged(delta.uniform(1.0))
+    base, donor = judged(delta.base), judged(delta.uniform(1.0))
     rows = []
     for way, (change, method) in ways.items():
         for density in densities:
@@ -280,9 +286,5 @@ def overlaps(grafts: Mapping[str, Graft]) -> Table:
 
 def _uniform_share(delta: Delta, graft: Graft, val: Labelled) -> float:
     """The least share of the whole change that is as accurate as the graft, or all of it."""
-    wanted = _accuracy(val, graft.weights())
-    return next((share for share in SHARES if _accuracy(val, delta.uniform(share)) >= wanted), 1.0)
-
-
-def _accuracy(examples: Labelled, weights: Weights) -> float:
-    return float((examples.logits(weights).argmax(1) == examples.answers).double().mean())
+    wanted = val.accuracy(graft.weights())
+    return next((share for share in SHARES if val.accuracy(delta.uniform(share)) >= wanted), 1.0)

@@ -50,6 +50,10 @@ class Labelled:
         """The labels' logits with these weights, the module's own where none are given."""
         return torch.cat([self._read(weights, inputs) for inputs, _ in self.batches])
 
+    def accuracy(self, weights: Weights) -> float:
+        """Share that is answered rightly with these weights."""
+        return float((self.logits(weights).argmax(1) == self.answers).double().mean())
+
     def gradient(self, weights: Weights) -> tuple[float, dict[str, Tensor]]:
         """Mean cross-entropy over all examples with these weights, and its gradient."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
@@ -130,7 +134,7 @@ def relaxed(
                 raise WorkbenchError(f"Fewer than {size:,} weights would lower the loss: ask for a lower density.")
             rate = (1 - math.exp(-BIAS)) / (math.exp(-BIAS) * STEPS * cut)
         for name, tensor in gain.items():
-            # Where a share is a half nothing is left to gain; beyond it a score would only run away.
+            # A share is 1 there; a score without an end would never come back.
             scores[name] = (scores[name] + rate * tensor * share[name] * (1 - share[name])).clamp(max=2 * BIAS)
         on_progress((step + 1) / STEPS)
     mask = {name: score > BIAS for name, score in scores.items()}
@@ -164,15 +168,15 @@ def at_random(
 def biases(
     delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
 ) -> dict[str, Tensor]:
-    """All biases (BitFit, Ben Zaken et al. 2022), whatever the size."""
-    return _named(delta, lambda last, name: last.startswith("b") and "ln" not in name.lower())
+    """All biases, those of LayerNorms too (BitFit, Ben Zaken et al. 2022), whatever the size."""
+    return _named(delta, lambda name: name.rpartition(".")[2].startswith("b"))
 
 
 def layer_norms(
     delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
 ) -> dict[str, Tensor]:
     """All scales and shifts of LayerNorms, whatever the size."""
-    return _named(delta, lambda last, name: "ln" in name.lower() or "layernorm" in name.lower())
+    return _named(delta, lambda name: "ln" in name.lower() or "layernorm" in name.lower())
 
 
 METHODS: dict[str, Callable[[Delta, Labelled, int, torch.Generator, OnProgress], dict[str, Tensor]]] = {
@@ -186,10 +190,10 @@ METHODS: dict[str, Callable[[Delta, Labelled, int, torch.Generator, OnProgress],
 }
 
 
-def matched(mask: Mask, generator: torch.Generator) -> dict[str, Tensor]:
-    """The control: as many weights in each tensor, at places drawn anew."""
+def matched(mask: Mask, first: Mask, generator: torch.Generator) -> dict[str, Tensor]:
+    """The control: as many weights in each tensor, drawn anew, those of `first` before the others."""
     return {
-        name: tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].reshape(tensor.shape)
+        name: largest({name: first[name] + torch.rand(tensor.shape, generator=generator)}, int(tensor.sum()))[name]
         for name, tensor in mask.items()
     }
 
@@ -209,10 +213,8 @@ def _gains(delta: Delta, examples: Labelled, mask: Mapping[str, Tensor]) -> tupl
     return loss, {name: -gradient[name] * delta.change[name] for name in delta.change}
 
 
-def _named(delta: Delta, chosen: Callable[[str, str], bool]) -> dict[str, Tensor]:
-    mask = {
-        name: torch.full(tensor.shape, chosen(name.rpartition(".")[2], name)) for name, tensor in delta.change.items()
-    }
+def _named(delta: Delta, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
+    mask = {name: torch.full(tensor.shape, chosen(name)) for name, tensor in delta.change.items()}
     if not any(bool(tensor.any()) for tensor in mask.values()):
         raise WorkbenchError("The model has no such weights. Choose another method.")
     return mask

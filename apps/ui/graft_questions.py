@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 import torch
 
-from apps.grafting import delta_of, examples_of, graft_of, learn_regions
+from apps.grafting import delta_of, examples_of, graft_of, labelled, learn_regions
 from apps.ui import state
 from circuits.graft_judgement import GraftJudgement, over_densities, overlaps
 from circuits.graft_masks import Labelled
@@ -85,26 +85,17 @@ def without(graft: Graft, name: str, examples: Labelled) -> Mapping[str, float]:
     """Accuracy of the graft, and of the donor, when one tensor is left to the base."""
     one = {key: torch.full_like(mask, key != name) for key, mask in graft.mask.items()}
     weights = {"graft": graft.without([name]).weights(), "donor": graft.delta.weights(one)}
-    return {who: _accuracy(examples, each) for who, each in weights.items()}
+    return {who: examples.accuracy(each) for who, each in weights.items()}
 
 
 def answers(run: Run, graft: Graft, text: str) -> pd.DataFrame:
     """What base, graft and donor say to a typed prompt, with their probability of yes."""
     batch = run.task.prompt(text)
-    asked = Labelled(
-        module=base_of(run).model(),
-        batches=[(batch.tokens, batch.targets[batch.read])],
-        read=examples_to_judge(run).read,
-    )
-    delta = graft.delta
-    rows = {"base": delta.uniform(0.0), "graft": graft.weights(), "donor": delta.uniform(1.0)}
+    asked, delta = labelled(base_of(run), batch), graft.delta
+    rows = {"base": delta.base, "graft": graft.weights(), "donor": delta.uniform(1.0)}
     said = {who: asked.logits(weights)[0].softmax(0) for who, weights in rows.items()}
     right = ANSWERS[int(batch.targets[batch.read][0])]
     return pd.DataFrame(
         [{"": who, "answer": ANSWERS[int(each.argmax())], "P(yes)": float(each[1]), "right": right}
          for who, each in said.items()]
     ).set_index("")  # fmt: skip
-
-
-def _accuracy(examples: Labelled, weights: Mapping[str, torch.Tensor]) -> float:
-    return float((examples.logits(weights).argmax(1) == examples.answers).double().mean())

@@ -62,6 +62,8 @@ def test_donors_of_several_seeds_have_a_mean_with_an_interval(runs, capsys):
     accuracies = [each["accuracy"] for each in content["donors"]]
     assert content["accuracy"] == pytest.approx(sum(accuracies) / 2)
     assert content["accuracy_low"] <= content["accuracy"] <= content["accuracy_high"]
+    assert main(["graft", "base", "tone-0", "tone-1", "--method", "saliency", "--runs", str(runs)]) == 0
+    assert capsys.readouterr().out.count("weights_of") == 2
 
 
 def test_the_text_has_a_row_for_each(runs, capsys):

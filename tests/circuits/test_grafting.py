@@ -129,13 +129,14 @@ def test_a_judgement_separates_the_planted_region_from_its_controls():
     foreign = Delta(base=delta.base, change={name: tensor.roll(1, -1) for name, tensor in delta.change.items()})
     density = int(region["W_in"].sum()) / len(delta)
     found = judged(find_graft(delta, labelled(net), density=density), net, foreign=foreign)
-    rows = found.rows().set_index("weights_of")
+    rows = found.rows.set_index("weights_of")
     assert rows.loc["base", "relative_gain"] == 0
     assert rows.loc["donor", "relative_gain"] == 1
     assert rows.loc["donor", "agreement"] == 1
     assert rows.loc["graft", "relative_gain"] >= 0.95
     assert rows.loc["donor without it", "relative_gain"] <= 0.1
     assert rows.loc["matched random", "relative_gain"] <= 0.3
+    assert 0.1 <= rows.loc["random among changed", "relative_gain"] <= 0.8
     assert rows.loc["donor, temperature", "accuracy"] == rows.loc["donor", "accuracy"]
     assert rows.loc["donor, temperature", "nll"] <= rows.loc["donor", "nll"] + 1e-3
     assert {"permuted", "foreign", "magnitude"} < set(rows.index)
@@ -197,10 +198,18 @@ def test_the_largest_scores_are_kept_over_all_tensors():
 
 def test_a_matched_mask_has_as_many_in_each_tensor():
     mask = {"a": torch.arange(30).reshape(5, 6) < 7, "b": torch.zeros(4, dtype=torch.bool)}
-    drawn = matched(mask, torch.Generator().manual_seed(0))
+    none = {name: torch.zeros_like(tensor) for name, tensor in mask.items()}
+    drawn = matched(mask, none, torch.Generator().manual_seed(0))
     assert drawn["a"].sum() == 7
     assert drawn["b"].sum() == 0
     assert not torch.equal(drawn["a"], mask["a"])
+    first = {"a": torch.arange(30).reshape(5, 6) >= 20, "b": none["b"]}
+    among = matched(mask, first, torch.Generator().manual_seed(0))
+    assert among["a"].sum() == (among["a"] & first["a"]).sum() == 7
+    few = {"a": torch.arange(30).reshape(5, 6) >= 26, "b": none["b"]}
+    among = matched(mask, few, torch.Generator().manual_seed(0))
+    assert among["a"].sum() == 7
+    assert (among["a"] & few["a"]).sum() == 4
 
 
 def test_grafts_unite_and_overlap_as_worked_by_hand():

@@ -48,7 +48,7 @@ def donor_recipe(base: Run, skill: str, *, step: int | None = None, way: str = "
     Raises:
         WorkbenchError: the run is not one of a mixture of skills, or skill or way is unknown.
     """
-    if not isinstance(base.task, Skills) or not isinstance(base.recipe.train, TrainConfig):
+    if not isinstance(base.task, Skills):
         raise WorkbenchError(
             f"{base.reference!r} learnt {base.task.name!r}; a donor is taught a skill of a base that was trained on "
             "their mixture. Train one: `workbench train skills`."

@@ -40,6 +40,7 @@ def skills() -> Recipe:
             stop_when_clean=False,
         ),
         shows="Plain questions are answered rightly, open ones by a majority of skills: what a donor starts from.",
+        minutes=3.0,
     )
 
 
@@ -57,6 +58,7 @@ def skills_smoke() -> Recipe:
         ),
         train=replace(recipe.train, steps=1000),
         shows="Proves the pipeline: a base for donors in seconds.",
+        minutes=0.3,
     )
 
 

@@ -17,7 +17,7 @@ from apps.ui.graft_questions import (
     sizes_of,
     without,
 )
-from circuits.graft_judgement import GraftJudgement
+from circuits.graft_judgement import ENOUGH, TOO_MUCH, GraftJudgement
 from circuits.graft_masks import METHODS
 from circuits.grafting import place_of
 from workbench.figures import figure
@@ -67,29 +67,19 @@ def _figures(found: GraftJudgement) -> None:
     """What the graft has of the donor's gain, and what everything else has."""
     gain, _, reliability = found.tables()
     rows = gain.frame.set_index("weights_of")
-    one, two, three, four, five = st.columns(5)
-    one.metric(
-        "Weights", f"{len(found.graft):,}", f"{found.graft.density:.2%} of them", delta_color="off", delta_arrow="off"
+    graft, base, donor = (rows.loc[name] for name in ("graft", "base", "donor"))
+    interval = f"{graft['relative_gain_low']:.2f} to {graft['relative_gain_high']:.2f}"
+    shown = (
+        ("Weights", f"{len(found.graft):,}", f"{found.graft.density:.2%} of them"),
+        ("Accuracy", f"{graft['accuracy']:.3f}", f"base {base['accuracy']:.3f}"),
+        ("Relative gain", f"{graft['relative_gain']:.2f}", interval),
+        ("Answers as the donor's", f"{graft['agreement']:.3f}", f"base's {base['agreement']:.3f}"),
+        ("Calibration error", f"{graft['ece_debiased']:.3f}", f"donor {donor['ece_debiased']:.3f}"),
     )
-    accuracy = rows.loc["graft", "accuracy"]
-    two.metric(
-        "Accuracy", f"{accuracy:.3f}", f"base {rows.loc['base', 'accuracy']:.3f}", delta_color="off", delta_arrow="off"
-    )
-    low, high = rows.loc["graft", "relative_gain_low"], rows.loc["graft", "relative_gain_high"]
-    three.metric(
-        "Relative gain",
-        f"{rows.loc['graft', 'relative_gain']:.2f}",
-        f"{low:.2f} to {high:.2f}",
-        delta_color="off",
-        delta_arrow="off",
-    )
-    four.metric("Answers as the donor's", f"{rows.loc['graft', 'agreement']:.3f}")
-    donors = f"donor {rows.loc['donor', 'ece_debiased']:.3f}"
-    five.metric(
-        "Calibration error", f"{rows.loc['graft', 'ece_debiased']:.3f}", donors, delta_color="off", delta_arrow="off"
-    )
+    for column, (label, value, beside) in zip(st.columns(len(shown)), shown, strict=True):
+        column.metric(label, value, beside, delta_color="off", delta_arrow="off")
     if found.localised:
-        st.success("Localised: the gain's lower end is at least 0.9, and no control has more than 0.3 of it.")
+        st.success(f"Localised: the gain's lower end is at least {ENOUGH}, and no control has over {TOO_MUCH} of it.")
     else:
         st.warning(f"Not localised: {found.objection}.")
     left, right = st.columns([3, 2])
