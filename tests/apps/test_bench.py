@@ -55,6 +55,19 @@ def test_the_ratio_is_that_of_the_work_and_lies_in_its_interval() -> None:
     assert not measure(spinning(gate=50.0), repeats=2, round_seconds=0).met
 
 
+def test_the_share_of_the_machines_rate_is_that_of_our_side() -> None:
+    result = measure(spinning(), repeats=1, round_seconds=0)
+    # A product of two 64 x 64 matrices, 2 · 64³ operations, in half a second of a machine that does 2²⁰ a second.
+    counted = measure(
+        spinning(prepare=lambda: (spin(0.001), lambda: float((torch.ones(64, 64) @ torch.ones(64, 64))[0, 0])),
+                 agreement=lambda one, other: 0.0),
+        repeats=1, round_seconds=0,
+    )  # fmt: skip
+    assert counted.flops == 2 * 64**3
+    assert result.flops == 0
+    assert replace(counted, theirs=(8.0,), ours=(0.5,), gemm_rates=(2.0**20,)).gemm_share == 1.0
+
+
 def test_the_interval_is_of_the_ratio_of_medians_over_rounds() -> None:
     """Where both sides slow down together, the ratio stands still and so does its interval."""
     rounds = iter([1, 1, 3, 1, 2, 1])

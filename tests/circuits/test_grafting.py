@@ -2,9 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from circuits import graft_masks
 from circuits.graft_judgement import Judged, judge, overlaps, relative_gain
 from circuits.graft_masks import METHODS, Labelled, find_graft, largest, matched
 from circuits.grafting import Delta, Graft, overlap, place_of, union
+from workbench.calibration import fitted_temperature
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 
@@ -140,6 +142,14 @@ def test_a_judgement_separates_the_planted_region_from_its_controls():
     assert rows.loc["donor, temperature", "accuracy"] == rows.loc["donor", "accuracy"]
     assert rows.loc["donor, temperature", "nll"] <= rows.loc["donor", "nll"] + 1e-3
     assert {"permuted", "foreign", "magnitude"} < set(rows.index)
+    # What is chosen is chosen on examples that are not judged.
+    _, val, test = parts(net)
+    (uniform,) = (name for name in rows.index if name.startswith("uniform"))
+    share, wanted = float(uniform.split()[1]), val.accuracy(found.graft.weights())
+    assert val.accuracy(delta.uniform(share)) >= wanted > val.accuracy(delta.uniform(share - 0.05))
+    donor = delta.uniform(1.0)
+    assert found.temperature == fitted_temperature(val.logits(donor), val.answers)
+    assert found.temperature != fitted_temperature(test.logits(donor), test.answers)
     summary = found.summary()
     assert {"weights", "density", "accuracy", "relative_gain", "agreement", "ece", "nll", "controls", "n"} < set(
         summary
@@ -188,6 +198,51 @@ def test_named_sets_are_taken_by_their_names():
     assert {name for name, mask in found.mask.items() if mask.any()} == {"0.bias", "1.bias", "2.bias"}
     with pytest.raises(WorkbenchError, match="no such weights"):
         find_graft(delta, examples, method="layer_norms")
+
+
+class Scripted(Labelled):
+    """Examples that give gradients from a script, and remember the weights that were asked about."""
+
+    def gradient(self, weights):
+        """The loss of the weights, and the next gradient."""
+        asked = [round(float(value), 1) for value in weights["w"]]
+        self.module.asked.append(asked)
+        return float(4 - sum(asked)), {"w": torch.tensor(self.module.script[len(self.module.asked) - 1])}
+
+
+def test_a_region_is_learned_by_gains_that_add_up(monkeypatch):
+    monkeypatch.setattr(graft_masks, "STEPS", 2)
+    module = nn.Module()
+    # First gains 3, 2, 0; then 1.5, 2, 1: summed the first weight leads, the second alone by the last of them.
+    module.asked, module.script = [], [[-3.0, -2.0, 0.0], [-1.5, -2.0, -1.0], [0.0, 0.0, 0.0]]
+    delta = Delta.between({"w": torch.zeros(3)}, {"w": torch.ones(3)}, ["w"])
+    examples = Scripted(module=module, batches=[(torch.zeros(1), torch.tensor([0]))], read=lambda out: out)
+    found = find_graft(delta, examples, density=1 / 3)
+    assert module.asked == [[0, 0, 0], [1, 0, 0], [1, 0, 0]]
+    assert found.mask["w"].tolist() == [True, False, False]
+
+
+def test_what_is_redundant_loses_its_place():
+    # Both of the first weights answer the first example, the third alone the second.
+    module = nn.Linear(3, 1, bias=False)
+    base, donor = {"weight": torch.zeros(1, 3)}, {"weight": torch.tensor([[8.0, 8.0, 6.0]])}
+    x = torch.tensor([[1.0, 1.0, 0.0], [-1.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, -1.0]])
+    examples = Labelled(
+        module=module,
+        batches=[(x, torch.tensor([1, 0, 1, 0]))],
+        read=lambda out: torch.cat([torch.zeros_like(out), out], 1),
+    )
+    delta = Delta.between(base, donor, ["weight"])
+    density = 2 / 3
+    alone = find_graft(delta, examples, method="saliency", density=density)
+    assert alone.mask["weight"].tolist() == [[True, True, False]]
+    assert find_graft(delta, examples, density=density).mask["weight"].tolist() == [[True, False, True]]
+
+
+def test_the_largest_changes_are_those_of_either_sign():
+    delta = Delta.between({"w": torch.zeros(4)}, {"w": torch.tensor([1.0, -3.0, 2.0, 0.0])}, ["w"])
+    examples = Labelled(module=nn.Module(), batches=[(torch.zeros(1), torch.tensor([0]))], read=lambda out: out)
+    assert find_graft(delta, examples, method="magnitude", density=0.5).mask["w"].tolist() == [0, 1, 1, 0]
 
 
 def test_the_largest_scores_are_kept_over_all_tensors():

@@ -45,6 +45,16 @@ def test_signum_by_hand():
     assert torch.allclose(weight, torch.tensor([1.61, -1.61, 0.8025]))
 
 
+def test_sgd_steps_by_the_gradient_alone():
+    model = model_of(tiny())
+    (optimiser,) = optimisers_of(model, TrainConfig(steps=1, optimiser="sgd", learning_rate=0.1, weight_decay=0.0))
+    before = model.embed.W_E.detach().clone()
+    for _ in range(2):
+        model.embed.W_E.grad = torch.full_like(before, -2.0)
+        optimiser.step()
+    assert torch.allclose(model.embed.W_E, before + 0.4)
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (16, 4), (4, 16), (3, 16, 4)])
 def test_orthogonalising_keeps_singular_vectors_and_levels_their_values(shape):
     matrix = torch.randn(shape, generator=generator(0, "matrix", *shape))
