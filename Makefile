@@ -10,7 +10,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
-EXTRAS := figures,test,dev
+EXTRAS := figures,gpu,test,dev
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help setup app test check lint format lock gallery clean
@@ -53,7 +53,7 @@ lock: ## newest versions that pyproject.toml admits into requirements.lock; torc
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
 	torch="$${TORCH:-$$(sed -n 's/^torch==//p' requirements.lock)}"; \
 	.lock-venv/bin/python -m pip install --disable-pip-version-check --quiet "torch==$$torch" -e ".[$(EXTRAS)]"
-	{ sed -n '/^#/p' requirements.lock; .lock-venv/bin/python -m pip freeze --exclude-editable | sed -E 's/^([^=]+==[^+]+)\+.*/\1/' | grep -v -E '^(nvidia|cuda)-|^triton=='; } > requirements.lock.new
+	{ sed -n '/^#/p' requirements.lock; .lock-venv/bin/python -m pip freeze --exclude-editable | sed -E 's/^([^=]+==[^+]+)\+.*/\1/' | grep -v -E '^(nvidia|cuda)-'; } > requirements.lock.new
 	@! grep -nE '://|@|/' requirements.lock.new || { echo "requirements.lock.new holds a path or an address; requirements.lock is unchanged" >&2; exit 1; }
 	mv requirements.lock.new requirements.lock && rm -rf .lock-venv
 

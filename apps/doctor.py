@@ -44,6 +44,7 @@ def examine() -> dict[str, object]:
     """Versions, device, threads, forward-pass kernels and name collisions."""
     import torch
 
+    from workbench.kernels.dispatch import kernels_for
     from workbench.runtime import code_version, pick_device, thread_count
 
     return {
@@ -55,7 +56,11 @@ def examine() -> dict[str, object]:
         "gpus": torch.cuda.device_count(),
         "threads": thread_count(),
         "cores": os.cpu_count(),
-        "kernels": {"training": "reads-only", "instrumented": "reference"},
+        "kernels": {
+            "training": "reads-only",
+            "instrumented": "reference",
+            "fused": kernels_for(pick_device()).name,
+        },
         "collisions": intruders(),
     }
 

@@ -217,6 +217,6 @@ def test_the_check_sees_a_fast_path_that_is_wrong(monkeypatch: pytest.MonkeyPatc
         patch.setattr(fast, "_seen", lambda config, tokens: tokens)
         with pytest.raises(AssertionError):
             check(model, tokens, read)
-    monkeypatch.setattr(fast, "_add_mlp", lambda weights, x: x + (add(weights, x) - x).detach())
+    monkeypatch.setattr(fast, "_add_mlp", lambda weights, x, normed: x + (add(weights, x, normed) - x).detach())
     with pytest.raises(AssertionError, match="W_in|W_out|W_E"):
         check(model, tokens, read)

@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from workbench.kernels.dispatch import kernels_for
 from workbench.models.config import ModelConfig
-from workbench.models.transformer import MASKED, Attention, Block, Transformer
+from workbench.models.transformer import EPS, MASKED, Attention, Block, Transformer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -54,6 +55,10 @@ class ReadPlan:
     example: Int[Tensor, " reads"]
     position: Int[Tensor, " reads"]
     """Where each read logit is, in the order of `read.nonzero()`."""
+    query: Int[Tensor, " query"]
+    """The distinct rows before the last step that stand at reads."""
+    query_of: Int[Tensor, " reads"]
+    """Which of them each read has."""
 
     @classmethod
     def of(cls, config: ModelConfig, tokens: Int[Tensor, "batch pos"], read: Bool[Tensor, "batch pos"]) -> ReadPlan:
@@ -62,28 +67,33 @@ class ReadPlan:
         position = torch.arange(n, device=tokens.device)
         needed = _needed(config, tokens, read)
         example, at = read.nonzero().unbind(1)
+        at_first = Rows.of(tokens * n + position, needed)
+        later = Rows.of(_seen(config, tokens) * n + position, needed)
+        last = at_first if config.n_steps == 1 else later
+        query, query_of = last.index[example, at].unique(return_inverse=True)
         return cls(
             tokens=tokens,
-            at_first=Rows.of(tokens * n + position, needed),
-            later=Rows.of(_seen(config, tokens) * n + position, needed),
+            at_first=at_first,
+            later=later,
             example=example,
             position=at,
+            query=query,
+            query_of=query_of,
         )
 
 
 def read_logits(model: Transformer, plan: ReadPlan) -> Float[Tensor, "reads vocab"]:
     """Logits at the read positions, in the order of `read.nonzero()`."""
-    weights = model.block(model.config.n_steps - 1)
-    return model.finish(_add_mlp(weights, _last_mid(model, plan)), {})
+    return model.finish(_add_mlp(model.block(model.config.n_steps - 1), *_last_mid(model, plan)), {})
 
 
 def read_neurons(
     model: Transformer, plan: ReadPlan
 ) -> tuple[Float[Tensor, "reads vocab"], Float[Tensor, "reads d_mlp"]]:
     """Logits, and the last step's neurons (its site `post`), at the read positions. The model must have an MLP."""
-    mid, weights = _last_mid(model, plan), model.block(model.config.n_steps - 1)
+    (mid, normed), weights = _last_mid(model, plan), model.block(model.config.n_steps - 1)
     assert weights.mlp is not None
-    post = weights.mlp.activation(weights.mlp.read(mid if weights.ln2 is None else weights.ln2(mid)))
+    post = weights.mlp.activation(weights.mlp.read(normed))
     return model.finish(mid + weights.mlp.write(post), {}), post
 
 
@@ -109,8 +119,10 @@ def _seen(config: ModelConfig, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, 
     return seen if config.causal else seen[:, -1:].expand_as(seen)
 
 
-def _last_mid(model: Transformer, plan: ReadPlan) -> Float[Tensor, "reads d_model"]:
-    """The residual stream at the reads, between attention and MLP of the last step."""
+def _last_mid(
+    model: Transformer, plan: ReadPlan
+) -> tuple[Float[Tensor, "reads d_model"], Float[Tensor, "reads d_model"]]:
+    """The residual stream at the reads, between attention and MLP of the last step, and what the MLP reads of it."""
     rows, allowed = plan.at_first, model.allowed(plan.tokens)
     x = functional.embedding(plan.tokens[rows.example, rows.position], model.embed.W_E)
     x = x + functional.embedding(rows.position, model.pos_embed.W_pos)
@@ -118,18 +130,18 @@ def _last_mid(model: Transformer, plan: ReadPlan) -> Float[Tensor, "reads d_mode
         weights, then = model.block(step), plan.later
         attended = _attend(weights.attn, x if weights.ln1 is None else weights.ln1(x), rows, then, allowed)
         own = x if rows is then else functional.embedding(rows.index[then.example, then.position], x)
-        x, rows = _add_mlp(weights, own + attended), then
+        x, rows = _add_mlp(weights, *_add_attention(weights, own, attended)), then
     weights = model.block(model.config.n_steps - 1)
     attended = _attend_at_reads(weights.attn, x if weights.ln1 is None else weights.ln1(x), rows, plan, allowed)
-    return functional.embedding(rows.index[plan.example, plan.position], x) + attended
+    return _add_attention(weights, functional.embedding(rows.index[plan.example, plan.position], x), attended)
 
 
 def _attend(
     weights: Attention, x: Tensor, rows: Rows, then: Rows, allowed: Bool[Tensor, "#batch dest src"]
 ) -> Float[Tensor, "row d_model"]:
-    q, k, v = (_gather(weights.project(x, name), rows.index).transpose(1, 2) for name in ("Q", "K", "V"))
-    z = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
-    return weights.merge(z.transpose(1, 2)[then.example, then.position])
+    q, k, v = (_gather(weights.project(x, name), rows.index) for name in ("Q", "K", "V"))
+    z = kernels_for(x.device).attention(q, k, v, allowed)
+    return weights.merge(z[then.example, then.position])
 
 
 def _attend_at_reads(
@@ -138,22 +150,32 @@ def _attend_at_reads(
     """As `_attend`, at the reads alone."""
     k, v = weights.project(x, "K"), weights.project(x, "V")
     mask = allowed.expand(len(plan.tokens), -1, -1)[plan.example, plan.position]
-    query, query_of = rows.index[plan.example, plan.position].unique(return_inverse=True)
-    q, sources = weights.project(x[query], "Q"), rows.index[plan.example]
+    q, sources = weights.project(x[plan.query], "Q"), rows.index[plan.example]
     if len(q) * len(k) < sources.numel():
         # Queries that reads share, as that of a last token `=`: each against each key once, then a lookup.
         table = torch.einsum("uhe,she->ush", q, k).flatten(0, 1)
-        scores = functional.embedding(query_of[:, None] * len(x) + sources, table)
+        scores = functional.embedding(plan.query_of[:, None] * len(x) + sources, table)
     else:
-        scores = (_gather(q, query_of[:, None]) * _gather(k, sources)).sum(-1)
+        scores = (_gather(q, plan.query_of[:, None]) * _gather(k, sources)).sum(-1)
     scores = (scores / k.shape[-1] ** 0.5).masked_fill(~mask[..., None], MASKED)
     return weights.merge((scores.softmax(1)[..., None] * _gather(v, sources)).sum(1))
 
 
-def _add_mlp(weights: Block, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+def _add_attention(
+    weights: Block, x: Float[Tensor, "*rows d_model"], attended: Float[Tensor, "*rows d_model"]
+) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows d_model"]]:
+    """The residual stream after attention, and what the MLP reads of it."""
+    if weights.ln2 is None:
+        mid = x + attended
+        return mid, mid
+    return kernels_for(x.device).add_norm(x, attended, weights.ln2.w, weights.ln2.b, EPS)
+
+
+def _add_mlp(
+    weights: Block, x: Float[Tensor, "*rows d_model"], normed: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows d_model"]:
     if weights.mlp is None:
         return x
-    normed = x if weights.ln2 is None else weights.ln2(x)
     return x + weights.mlp.write(weights.mlp.activation(weights.mlp.read(normed)))
 
 

@@ -1,0 +1,158 @@
+"""The kernels, interpreted on the CPU, against their definitions in float64: values, and every gradient by name."""
+
+import pytest
+import torch
+
+from workbench.kernels import reference
+from workbench.kernels.dispatch import kernels_for
+from workbench.runtime import WorkbenchError
+
+pytest.importorskip("triton", reason="Triton is published for Linux alone")
+
+EPS = 1e-5
+RELATIVE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Outputs start as NaN, so that an element that a kernel leaves out is seen."""
+    monkeypatch.setenv("WORKBENCH_KERNELS", "triton")
+    for name in ("empty_like", "empty"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, real=real, **kw: _nan(real(*args, **kw)))
+    real_new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *args, **kw: _nan(real_new(self, *args, **kw)))
+
+
+def _nan(tensor):
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+
+def kernels():
+    return kernels_for(torch.device("cpu"))
+
+
+def compare(fused, plain, named, generator):
+    """Values and gradients of one call, each within `RELATIVE` of the definition's in float64."""
+    single = {name: value.clone() for name, value in named.items()}
+    double = {name: value.double() if value.is_floating_point() else value for name, value in named.items()}
+    outputs = []
+    for operands, function in ((single, fused), (double, plain)):
+        for value in operands.values():
+            if value.is_floating_point():
+                value.requires_grad_()
+        result = function(*operands.values())
+        outputs.append(result if isinstance(result, tuple) else (result,))
+    weights = [torch.randn(each.shape, generator=generator) for each in outputs[0]]
+    for result in outputs:
+        sum((each * weight.to(each)).sum() for each, weight in zip(result, weights, strict=True)).backward()
+    for index, (ours, theirs) in enumerate(zip(*outputs, strict=True)):
+        assert error(ours, theirs) < RELATIVE, f"value {index}"
+    for name, value in single.items():
+        if value.is_floating_point():
+            assert error(value.grad, double[name].grad) < RELATIVE, name
+
+
+def error(ours, theirs):
+    return float((ours.detach().double() - theirs.detach()).norm() / theirs.detach().norm())
+
+
+@pytest.mark.parametrize(("rows", "width"), [((1,), 1), ((5,), 16), ((3, 7), 33), ((2110,), 12)])
+def test_add_norm_is_its_definition(rows, width):
+    rng = torch.Generator().manual_seed(len(rows) + width)
+    named = {
+        "x": torch.randn(*rows, width, generator=rng),
+        "added": 3 + torch.randn(*rows, width, generator=rng),
+        "w": torch.randn(width, generator=rng),
+        "b": torch.randn(width, generator=rng),
+    }
+    if width == 1:
+        # One entry has no spread: its norm is the shift, and no gradient passes.
+        total, normed = kernels().add_norm(*named.values(), EPS)
+        torch.testing.assert_close(total, named["x"] + named["added"])
+        torch.testing.assert_close(normed, named["b"].expand_as(normed))
+        return
+    fused, plain = kernels().add_norm, reference.add_norm
+    compare(lambda *args: fused(*args, EPS), lambda *args: plain(*args, EPS), named, rng)
+
+
+def test_add_norm_takes_operands_in_any_order_of_memory():
+    rng = torch.Generator().manual_seed(0)
+    x, w, b = torch.randn(24, 6, generator=rng).T, torch.randn(24, generator=rng), torch.randn(24, generator=rng)
+    ours, theirs = kernels().add_norm(x, x, w, b, EPS), reference.add_norm(x, x, w, b, EPS)
+    torch.testing.assert_close(ours, theirs)
+
+
+def masks(kind, batch, n_dest, n_src, rng):
+    if kind == "padding":
+        lengths = torch.randint(1, n_src + 1, (batch,), generator=rng)
+        return (torch.arange(n_src) < lengths[:, None])[:, None].expand(batch, n_dest, n_src)
+    full = torch.ones(1, n_dest, n_src, dtype=torch.bool)
+    return full.tril(n_src - n_dest) if kind == "causal" else full
+
+
+@pytest.mark.parametrize("mask", ["causal", "bidirectional", "padding"])
+@pytest.mark.parametrize(
+    ("batch", "n_dest", "n_src", "heads", "width"),
+    [(3, 1, 1, 2, 4), (4, 3, 3, 4, 32), (2, 6, 6, 1, 20), (2, 2, 5, 3, 7), (2, 17, 17, 2, 16), (1, 70, 70, 1, 64)],
+)
+def test_attention_is_its_definition(mask, batch, n_dest, n_src, heads, width):
+    rng = torch.Generator().manual_seed(batch * n_src + width)
+    named = {
+        "q": torch.randn(batch, n_dest, heads, width, generator=rng),
+        "k": torch.randn(batch, n_src, heads, width, generator=rng),
+        "v": torch.randn(batch, n_src, heads, width, generator=rng),
+        "allowed": masks(mask, batch, n_dest, n_src, rng),
+    }
+    if n_src == 1:
+        ours = kernels().attention(*named.values())
+        torch.testing.assert_close(ours, named["v"])
+        return
+    compare(kernels().attention, reference.attention, named, rng)
+
+
+def test_attention_of_large_scores_stays_finite():
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (50 * torch.randn(2, 9, 2, 8, generator=rng) for _ in range(3))
+    allowed = torch.ones(1, 9, 9, dtype=torch.bool).tril()
+    torch.testing.assert_close(kernels().attention(q, k, v, allowed), reference.attention(q, k, v, allowed))
+
+
+def test_long_prompts_go_to_the_reference():
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 129, 1, 8, generator=rng) for _ in range(3))
+    allowed = torch.ones(1, 129, 129, dtype=torch.bool).tril()
+    assert torch.equal(kernels().attention(q, k, v, allowed), reference.attention(q, k, v, allowed))
+
+
+def test_float64_goes_to_the_reference():
+    rng = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4, 8, generator=rng).double(), torch.ones(8).double()
+    for ours, theirs in zip(kernels().add_norm(x, x, w, w, EPS), reference.add_norm(x, x, w, w, EPS), strict=True):
+        assert ours.dtype == torch.float64
+        assert torch.equal(ours, theirs)
+
+
+def test_a_processor_takes_the_reference_unless_told_otherwise(monkeypatch):
+    assert kernels().name == "triton"
+    monkeypatch.delenv("WORKBENCH_KERNELS")
+    assert kernels().name == "reference"
+    assert kernels_for(torch.device("cuda")).name == "triton"
+
+
+def test_unknown_kernels_are_refused(monkeypatch):
+    monkeypatch.setenv("WORKBENCH_KERNELS", "cutlass")
+    with pytest.raises(WorkbenchError, match="WORKBENCH_KERNELS=cutlass names no kernels. Known: reference, triton."):
+        kernels()
+
+
+def test_without_triton_the_reference_is_used_and_said(monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    from workbench.kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "_chosen", dispatch._chosen.__wrapped__)
+    with pytest.raises(WorkbenchError, match="Triton is not installed"):
+        kernels()
+    monkeypatch.delenv("WORKBENCH_KERNELS")
+    assert kernels_for(torch.device("cuda")).name == "reference"
+    assert "the plain kernels are used" in caplog.text
