@@ -30,6 +30,15 @@ CALLS = 10
 """Calls that one repeat times together."""
 WARM_UP = 3
 COPY_BYTES = 2**31
+SHAPES = (
+    (65536, 3, 4, 32),
+    (32768, 6, 4, 64),
+    (16384, 12, 4, 64),
+    (8192, 24, 4, 64),
+    (8192, 32, 1, 64),
+    (4096, 64, 1, 64),
+)
+"""Prompts, positions, heads and their width."""
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -81,7 +90,7 @@ def operations(device: torch.device) -> Iterator[tuple[str, Callable, Callable, 
         w, b = torch.randn(width, device=device), torch.randn(width, device=device)
         # Forward reads two and writes two; backward reads the sum and two gradients, and writes one.
         yield f"add_norm {rows} x {width}", kernels.add_norm, reference.add_norm, [x, added, w, b], 8 * x.nbytes
-    for batch, positions, heads, width in ((65536, 3, 4, 32), (32768, 6, 4, 64), (4096, 64, 1, 64), (1024, 96, 2, 64)):
+    for batch, positions, heads, width in SHAPES:
         q, k, v = (torch.randn(batch, positions, heads, width, device=device) for _ in range(3))
         allowed = torch.ones(1, positions, positions, dtype=torch.bool, device=device).tril()
         # Forward reads three and writes one; backward reads those and a gradient, and writes three.
@@ -170,8 +179,8 @@ def training_step(name: str, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The step as one launch."""
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as one launch; it holds what the graph points to."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -181,7 +190,11 @@ def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph
+
+    def replay(step: Callable[[], None] = step) -> None:
+        graph.replay()
+
+    return replay
 
 
 def step_rows(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -190,7 +203,7 @@ def step_rows(device: torch.device) -> Iterator[dict[str, Any]]:
         calls: dict[str, Callable[[], object]] = {}
         for kernels in ("triton", "reference"):
             os.environ[OVERRIDE] = kernels
-            calls[f"{kernels}_graph"] = captured(training_step(name, device)).replay
+            calls[f"{kernels}_graph"] = captured(training_step(name, device))
         step = training_step(name, device)
         calls["reference_eager"] = step
         yield {"name": f"{name} step", **summary(alternate(calls), "triton_graph")}

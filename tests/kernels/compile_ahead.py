@@ -30,9 +30,13 @@ NUMBERS = {"eps": "fp32", "scale": "fp32", "allowed": "*u8"}
 def kernels():
     """Kernel, its name, the shape in words and constants, at the sizes of the shipped recipes."""
     for width in (64, 128, 256):
-        constants = {"WIDTH": width, "BLOCK": width, "ROWS": fused_add_norm.ROWS}
         for way in ("forward", "backward"):
-            yield f"add_norm {way}", f"d_model {width}", getattr(fused_add_norm, f"{way}_kernel"), constants
+            yield (
+                f"add_norm {way}",
+                f"d_model {width}",
+                getattr(fused_add_norm, f"{way}_kernel"),
+                fused_add_norm.constants(width),
+            )
     for width in (16, 32, 64):
         for way in ("forward", "dest", "src"):
             kernel = getattr(fused_attention, f"{way}_kernel")

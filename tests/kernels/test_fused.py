@@ -32,6 +32,13 @@ def kernels():
     return kernels_for(torch.device("cpu"))
 
 
+def attention():
+    """The kernel, at lengths too that go to the reference because it is faster there."""
+    from workbench.kernels import fused_attention
+
+    return fused_attention.attention
+
+
 def compare(fused, plain, named, generator):
     """Values and gradients of one call, each within `RELATIVE` of the definition's in float64."""
     single = {name: value.clone() for name, value in named.items()}
@@ -105,10 +112,10 @@ def test_attention_is_its_definition(mask, batch, n_dest, n_src, heads, width):
         "allowed": masks(mask, batch, n_dest, n_src, rng),
     }
     if n_src == 1:
-        ours = kernels().attention(*named.values())
+        ours = attention()(*named.values())
         torch.testing.assert_close(ours, named["v"])
         return
-    compare(kernels().attention, reference.attention, named, rng)
+    compare(attention(), reference.attention, named, rng)
 
 
 def test_attention_of_large_scores_stays_finite():
@@ -120,8 +127,8 @@ def test_attention_of_large_scores_stays_finite():
 
 def test_long_prompts_go_to_the_reference():
     rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 129, 1, 8, generator=rng) for _ in range(3))
-    allowed = torch.ones(1, 129, 129, dtype=torch.bool).tril()
+    q, k, v = (torch.randn(1, 17, 1, 8, generator=rng) for _ in range(3))
+    allowed = torch.ones(1, 17, 17, dtype=torch.bool).tril()
     assert torch.equal(kernels().attention(q, k, v, allowed), reference.attention(q, k, v, allowed))
 
 

@@ -21,8 +21,8 @@ from workbench.runtime import WorkbenchError
 
 OVERRIDE = "WORKBENCH_KERNELS"
 NAMES = ("reference", "triton")
-MOST_POSITIONS = 128
-"""Longest prompt for which a walk over its positions is worth it."""
+MOST_POSITIONS = 16
+"""Longest prompt that the kernel takes: on an H200 it is 2.9 times as fast as PyTorch's at 12, 0.9 times at 24."""
 log = logging.getLogger(__name__)
 
 

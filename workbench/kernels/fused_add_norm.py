@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-ROWS = 8
-"""Rows that a program normalises at a time."""
-CHUNKS = 264
-"""Programs of the backward pass, at most: two for each multiprocessor of a large card."""
+ELEMENTS = 2048
+"""Entries that a program normalises at a time: sixteen a thread."""
+CHUNKS = 1056
+"""Programs of the backward pass, at most: eight for each multiprocessor of a large card."""
 
 
 @triton.jit
@@ -64,6 +64,12 @@ def backward_kernel(
     tl.store(d_b + program * WIDTH + column, sum_b, column < WIDTH)
 
 
+def constants(width: int) -> dict[str, int]:
+    """What a kernel is compiled for: rows of this width."""
+    block = triton.next_power_of_2(width)
+    return {"WIDTH": width, "BLOCK": block, "ROWS": max(1, ELEMENTS // block)}
+
+
 class AddNorm(torch.autograd.Function):
     """The two kernels as one differentiable operation."""
 
@@ -73,8 +79,8 @@ class AddNorm(torch.autograd.Function):
         x, added = x.contiguous(), added.contiguous()
         total, normed = torch.empty_like(x), torch.empty_like(x)
         width, rows = x.shape[-1], x.numel() // x.shape[-1]
-        shape = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "ROWS": ROWS}
-        forward_kernel[(triton.cdiv(rows, ROWS),)](x, added, w, b, total, normed, rows, eps, **shape)
+        shape = constants(width)
+        forward_kernel[(triton.cdiv(rows, shape["ROWS"]),)](x, added, w, b, total, normed, rows, eps, **shape)
         ctx.save_for_backward(total, w)
         ctx.shape, ctx.eps, ctx.rows = shape, eps, rows
         return total, normed
@@ -84,7 +90,7 @@ class AddNorm(torch.autograd.Function):
     def backward(ctx, d_total: Tensor, d_normed: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, added, w and b."""
         total, w = ctx.saved_tensors
-        programs = min(triton.cdiv(ctx.rows, ROWS), CHUNKS)
+        programs = min(triton.cdiv(ctx.rows, ctx.shape["ROWS"]), CHUNKS)
         d_x, shares = torch.empty_like(total), total.new_empty(2, programs, total.shape[-1])
         backward_kernel[(programs,)](
             total, w, d_total.contiguous(), d_normed.contiguous(), d_x, *shares, ctx.rows, ctx.eps, **ctx.shape
