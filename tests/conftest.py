@@ -1,6 +1,11 @@
 """What every test runs under: shapes checked, one thread, no network, a Chromium where one is needed."""
 
 import os
+
+# Before anything imports Triton, as nnsight's and torch's compilers may: it decides then whether kernels are compiled
+# or interpreted on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import shutil
 import signal
 
