@@ -95,7 +95,7 @@ class BenchmarkResult:
     @property
     def gemm_share(self) -> float:
         """Rate of the matrix products in ours, all of its time counted, over the machine's."""
-        return self.flops / _median(self.ours) / _median(self.gemm_rates)
+        return self.flops / median(self.ours) / median(self.gemm_rates)
 
     def summary(self) -> dict[str, object]:
         """What the command line prints."""
@@ -111,9 +111,9 @@ class BenchmarkResult:
             "agreement": self.distance,
             "tolerance": self.benchmark.tolerance,
             "agrees": self.agrees,
-            "seconds": {"peer": _median(self.theirs), "ours": _median(self.ours)},
+            "seconds": {"peer": median(self.theirs), "ours": median(self.ours)},
             "gemm_share": self.gemm_share,
-            "gemm_flops_per_second": _median(self.gemm_rates),
+            "gemm_flops_per_second": median(self.gemm_rates),
             "n": len(self.ours),
             "conditions": dict(self.conditions),
         }
@@ -121,7 +121,7 @@ class BenchmarkResult:
     def tables(self) -> Sequence[Table]:
         """CPU seconds of both sides."""
         rows = [
-            {"side": side, "seconds": _median(seconds), "least": min(seconds), "most": max(seconds)}
+            {"side": side, "seconds": median(seconds), "least": min(seconds), "most": max(seconds)}
             for side, seconds in ((self.benchmark.peer, self.theirs), ("workbench", self.ours))
         ]
         return [
@@ -172,13 +172,13 @@ def measure(
                 times.append(spent)
             distances.append(benchmark.agreement(*results))
             rates.append(_gemm_rate())
-    low, high = _interval(*seconds, seed=seed)
+    low, high = ratio_interval(*seconds, seed=seed)
     measured = {"threads": threads, "load_before": load, "load_after": os.getloadavg()[0], **_versions()}
     return BenchmarkResult(
         benchmark=benchmark,
         theirs=tuple(seconds[0]),
         ours=tuple(seconds[1]),
-        ratio=_median(seconds[0]) / _median(seconds[1]),
+        ratio=median(seconds[0]) / median(seconds[1]),
         low=low,
         high=high,
         # max() would pass over a NaN that is not the first.
@@ -240,7 +240,7 @@ def _gemm_rate() -> float:
     return 2 * GEMM_SIZE**3 / min(_timed(lambda: matrix @ matrix, 1)[1] for _ in range(3))
 
 
-def _interval(theirs: Sequence[float], ours: Sequence[float], *, seed: int) -> tuple[float, float]:
+def ratio_interval(theirs: Sequence[float], ours: Sequence[float], *, seed: int) -> tuple[float, float]:
     """Percentile interval of the ratio of medians, rounds resampled as pairs."""
     both = torch.tensor([theirs, ours], dtype=torch.float64)
     draws = torch.randint(0, len(ours), (RESAMPLES, len(ours)), generator=generator(seed, "benchmark"))
@@ -250,7 +250,8 @@ def _interval(theirs: Sequence[float], ours: Sequence[float], *, seed: int) -> t
     return low, high
 
 
-def _median(seconds: Sequence[float]) -> float:
+def median(seconds: Sequence[float]) -> float:
+    """Median of the rounds."""
     return float(torch.tensor(seconds, dtype=torch.float64).quantile(0.5))
 
 

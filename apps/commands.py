@@ -70,7 +70,7 @@ def train(options: argparse.Namespace) -> Printout:
         **by_answer(run),
         "step_memorised": run.log.step_memorised,
         "step_generalised": run.log.step_generalised,
-        **{name: run.status[name] for name in ("reason", "threads", "repeatable")},
+        **{name: run.status[name] for name in ("reason", "threads", "kernels", "repeatable")},
     }
     return Printout(content=content, text=as_lines(content))
 

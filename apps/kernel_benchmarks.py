@@ -1,35 +1,42 @@
 """What the fused kernels gain on a GPU: `python -m apps.kernel_benchmarks` prints a row of JSON for each operation.
 
 Each row is one operation forward and backward: median milliseconds of `REPEATS` alternating repeats of the kernel, of
-eager PyTorch and of `torch.compile`, the ratios with their least and greatest, the bytes that must move (operands and
-results once), and the share of the card's measured copy bandwidth that this is. Operands are several times the cache.
-The training steps are those of a shipped size, in eager PyTorch and captured as one CUDA graph.
+eager PyTorch and of `torch.compile`, the ratio of medians to each with its bootstrap interval, and the share of the
+card's measured copy bandwidth at which the bytes move that must (operands and results, once). Operands are several
+times the cache. Below are whole training steps, as one CUDA graph and launched piece by piece.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from apps.bench import median, ratio_interval
+from apps.step_benchmarks import deep_search, still_trainer, wide_composition
 from workbench.kernels import reference
 from workbench.kernels.dispatch import OVERRIDE, kernels_for
-from workbench.models.config import ModelConfig
-from workbench.models.fast import ReadPlan, read_logits
-from workbench.models.transformer import EPS, Transformer
+from workbench.models.transformer import EPS
 from workbench.runtime import WorkbenchError, pick_device
+from workbench.training.recipe import Recipe
+from workbench.training.recipes import modular
 
 REPEATS = 9
 CALLS = 10
 """Calls that one repeat times together."""
 WARM_UP = 3
 COPY_BYTES = 2**31
+FEW = 512
+"""Rows or prompts whose gradients are compared with float64."""
+WIDTHS = (64, 128, 256)
 SHAPES = (
     (65536, 3, 4, 32),
     (32768, 6, 4, 64),
@@ -39,6 +46,25 @@ SHAPES = (
     (4096, 64, 1, 64),
 )
 """Prompts, positions, heads and their width."""
+STEPS: Mapping[str, Callable[[], Recipe]] = {
+    "modular": modular,
+    "composition": wide_composition,
+    "search": deep_search,
+}
+Operation = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Case:
+    """An operation at one size."""
+
+    name: str
+    fused: Operation
+    plain: Operation
+    """Its definition."""
+    operands: Sequence[Tensor]
+    least_bytes: int
+    """What forward and backward must move together."""
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -65,11 +91,12 @@ def alternate(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float
 
 
 def summary(times: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
-    """Medians, and every other's ratio to ours: [least, median, greatest] over the repeats."""
-    row: dict[str, Any] = {f"{name}_ms": round(statistics.median(each), 4) for name, each in times.items()}
-    for name in times.keys() - {ours}:
-        ratios = sorted(theirs / own for theirs, own in zip(times[name], times[ours], strict=True))
-        row[f"against_{name}"] = [round(each, 2) for each in (ratios[0], statistics.median(ratios), ratios[-1])]
+    """Medians, and every other's ratio to ours: [low, ratio of medians, high]."""
+    row: dict[str, Any] = {f"{name}_ms": round(median(each), 4) for name, each in times.items()}
+    for name, each in times.items():
+        if name != ours:
+            low, high = ratio_interval(each, times[ours], seed=0)
+            row[f"against_{name}"] = [round(x, 2) for x in (low, median(each) / median(times[ours]), high)]
     return row
 
 
@@ -78,45 +105,48 @@ def copy_rate(device: torch.device) -> float:
     source = torch.randn(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     times = alternate({"copy": lambda: target.copy_(source)})["copy"]
-    return 2 * COPY_BYTES / statistics.median(times) * 1e3
+    return 2 * COPY_BYTES / median(times) * 1e3
 
 
-def operations(device: torch.device) -> Iterator[tuple[str, Callable, Callable, list[Tensor], int]]:
-    """Name, kernel, definition, operands, and the least bytes that forward and backward move together."""
+def cases(device: torch.device) -> Iterator[Case]:
+    """Every operation, at the widths and lengths of the shipped recipes and beyond."""
     kernels = kernels_for(device)
-    for width in (64, 128, 256):
+    for width in WIDTHS:
         rows = 2**27 // width
         x, added = (torch.randn(rows, width, device=device) for _ in range(2))
-        w, b = torch.randn(width, device=device), torch.randn(width, device=device)
-        # Forward reads two and writes two; backward reads the sum and two gradients, and writes one.
-        yield f"add_norm {rows} x {width}", kernels.add_norm, reference.add_norm, [x, added, w, b], 8 * x.nbytes
-    for batch, positions, heads, width in SHAPES:
-        q, k, v = (torch.randn(batch, positions, heads, width, device=device) for _ in range(3))
-        allowed = torch.ones(1, positions, positions, dtype=torch.bool, device=device).tril()
-        # Forward reads three and writes one; backward reads those and a gradient, and writes three.
-        name = f"attention {batch} x {positions} x {heads} x {width}"
-        yield name, kernels.attention, reference.attention, [q, k, v, allowed], 12 * q.nbytes
+        w, b = (torch.randn(width, device=device) for _ in range(2))
+        yield Case(
+            name=f"add_norm {rows} x {width}",
+            fused=lambda x, added, w, b: kernels.add_norm(x, added, w, b, EPS),
+            plain=lambda x, added, w, b: reference.add_norm(x, added, w, b, EPS),
+            operands=(x, added, w, b),
+            # Forward reads two and writes two; backward reads the sum and two gradients, and writes one.
+            least_bytes=8 * x.nbytes,
+        )
+    for prompts, positions, heads, width in SHAPES:
+        q, k, v = (torch.randn(prompts, positions, heads, width, device=device) for _ in range(3))
+        yield Case(
+            name=f"attention {prompts} x {positions} x {heads} x {width}",
+            fused=kernels.attention,
+            plain=reference.attention,
+            operands=(q, k, v, torch.ones(1, positions, positions, dtype=torch.bool, device=device).tril()),
+            # Forward reads three and writes one; backward reads those and a gradient, and writes three.
+            least_bytes=12 * q.nbytes,
+        )
 
 
-def both_ways(function: Callable, operands: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+def both_ways(function: Operation, operands: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
     """A call of the operation and of its gradients, with random ones from above."""
     leaves = [each.detach().requires_grad_() if each.is_floating_point() else each for each in operands]
     needed = [each for each in leaves if each.requires_grad]
-    extra = (EPS,) if len(operands) == 4 and operands[-1].is_floating_point() else ()
-    outputs = function(*leaves, *extra)
-    above = [
-        torch.randn(each.shape, device=each.device).to(each)
-        for each in (outputs if isinstance(outputs, tuple) else (outputs,))
-    ]
-
-    def call() -> tuple[Tensor, ...]:
-        results = function(*leaves, *extra)
-        return torch.autograd.grad(results, needed, above)
-
-    return call
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    # Drawn in float32, so that two dtypes of the same seed have the same.
+    above = [torch.randn(each.shape, device=each.device).to(each) for each in outputs]
+    return lambda: torch.autograd.grad(function(*leaves), needed, above)
 
 
-def error(function: Callable, plain: Callable, operands: list[Tensor]) -> float:
+def error(function: Operation, plain: Operation, operands: Sequence[Tensor]) -> float:
     """The greatest relative error of any gradient against the definition's in float64."""
     exact = [each.double() if each.is_floating_point() else each for each in operands]
     found = []
@@ -130,50 +160,33 @@ def operation_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     """One row for each operation."""
     rate = copy_rate(device)
     yield {"name": "copy", "terabytes_a_second": round(rate / 1e12, 2)}
-    for name, fused, plain, operands, least in operations(device):
+    for case in cases(device):
         calls = {
-            "kernel": both_ways(fused, operands),
-            "eager": both_ways(plain, operands),
-            "compiled": both_ways(torch.compile(plain, dynamic=False), operands),
+            "kernel": both_ways(case.fused, case.operands),
+            "eager": both_ways(case.plain, case.operands),
+            "compiled": both_ways(torch.compile(case.plain, dynamic=False), case.operands),
         }
         row = summary(alternate(calls), "kernel")
-        share = least / row["kernel_ms"] * 1e3 / rate
-        few = [each[:512] if each.dim() > 1 else each for each in operands]
-        errors = {"kernel_error": error(fused, plain, few), "eager_error": error(plain, plain, few)}
-        yield {"name": name, **row, "share_of_bandwidth": round(share, 3), **errors}
+        few = [each[:FEW] for each in case.operands]
+        yield {
+            "name": case.name,
+            **row,
+            "share_of_bandwidth": round(case.least_bytes / row["kernel_ms"] * 1e3 / rate, 3),
+            "kernel_error": error(case.fused, case.plain, few),
+            "eager_error": error(case.plain, case.plain, few),
+        }
         torch.cuda.empty_cache()
 
 
-STEPS = {
-    "modular": ModelConfig(
-        n_layers=1, d_model=128, n_heads=4, d_head=32, d_mlp=512, n_ctx=3, d_vocab=114, d_vocab_out=113
-    ),
-    "composition": ModelConfig(
-        n_layers=4, d_model=256, n_heads=4, d_head=64, d_mlp=1024, n_ctx=5, d_vocab=2200, d_vocab_out=2200,
-        normalization="LN", activation="gelu", tied=True,
-    ),
-    "search": ModelConfig(
-        n_layers=6, d_model=64, n_heads=1, d_head=64, d_mlp=256, n_ctx=64, d_vocab=64, d_vocab_out=64,
-        normalization="LN", activation="gelu",
-    ),
-}  # fmt: skip
-EXAMPLES = {"modular": 3830, "composition": 512, "search": 256}
-
-
-def training_step(name: str, device: torch.device) -> Callable[[], None]:
-    """A whole step on a fixed batch of random prompts, read at the last position: forward, backward and AdamW."""
-    config, rng = STEPS[name], torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.d_vocab_out, (EXAMPLES[name], config.n_ctx), generator=rng)
-    read = torch.zeros(tokens.shape, dtype=torch.bool)
-    read[:, -1] = True
-    answers = torch.randint(config.d_vocab_out, (len(tokens),), generator=rng).to(device)
-    model = Transformer(config, generator=rng).to(device)
-    plan = ReadPlan.of(config, tokens.to(device), read.to(device))
-    optimiser = torch.optim.AdamW(model.parameters(), fused=True, capturable=True)
+def training_step(recipe: Recipe) -> Callable[[], None]:
+    """Forward, loss, backward and AdamW on one batch of a recipe, as a card can repeat them without the processor."""
+    trainer = still_trainer(recipe, Accelerator())
+    data, count = trainer.draw()
+    optimiser = torch.optim.AdamW(trainer.model.parameters(), fused=True, capturable=True)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=False)
-        torch.nn.functional.cross_entropy(read_logits(model, plan), answers).backward()
+        trainer.wrapped(data, count, {}).backward()
         optimiser.step()
 
     return step
@@ -198,20 +211,23 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def step_rows(device: torch.device) -> Iterator[dict[str, Any]]:
-    """One row for each shipped size."""
-    for name in STEPS:
+    """One row for each recipe: captured with either kernels, and launched piece by piece with the plain ones."""
+    for name, make in STEPS.items():
         calls: dict[str, Callable[[], object]] = {}
         for kernels in ("triton", "reference"):
-            os.environ[OVERRIDE] = kernels
-            calls[f"{kernels}_graph"] = captured(training_step(name, device))
-        step = training_step(name, device)
-        calls["reference_eager"] = step
-        yield {"name": f"{name} step", **summary(alternate(calls), "triton_graph")}
-        del os.environ[OVERRIDE]
+            with mock.patch.dict(os.environ, {OVERRIDE: kernels}):
+                calls[f"{kernels}_graph"] = captured(training_step(make()))
+        with mock.patch.dict(os.environ, {OVERRIDE: "reference"}):
+            calls["reference_eager"] = training_step(make())
+            yield {"name": f"{name} step", **summary(alternate(calls), "triton_graph")}
 
 
 def main() -> None:
-    """Every row, as it is measured."""
+    """Every row, as it is measured.
+
+    Raises:
+        WorkbenchError: there is no CUDA device.
+    """
     device = pick_device()
     if device.type != "cuda":
         raise WorkbenchError("These benchmarks measure GPU kernels, and this machine has no CUDA device.")
@@ -223,4 +239,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WorkbenchError as error_of_user:
+        sys.exit(str(error_of_user))

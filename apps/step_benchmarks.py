@@ -63,11 +63,15 @@ def training_step(
     )
 
 
-def _prepare(recipe: Recipe, peer: Peer) -> tuple[Run, Run]:
+def still_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
+    """A recipe's trainer at a rate that leaves its weights where they are; not started, it writes nothing."""
     train = replace(recipe.trainable(), learning_rate=STILL, clip_norm=None, curriculum=None)
-    # A trainer that is not started writes nothing.
     folder = RunFolder(path=Path(recipe.name), reference=recipe.name)
-    trainer = Trainer(replace(recipe, train=train), folder, Accelerator(cpu=True))
+    return Trainer(replace(recipe, train=train), folder, accelerator)
+
+
+def _prepare(recipe: Recipe, peer: Peer) -> tuple[Run, Run]:
+    trainer = still_trainer(recipe, Accelerator(cpu=True))
 
     def rewind() -> None:
         trainer.position.step = 0

@@ -1,11 +1,6 @@
 """What every test runs under: shapes checked, one thread, no network, a Chromium where one is needed."""
 
 import os
-
-# Before anything imports Triton, as nnsight's and torch's compilers may: it decides then whether kernels are compiled
-# or interpreted on the CPU.
-os.environ["TRITON_INTERPRET"] = "1"
-
 import shutil
 import signal
 
@@ -14,13 +9,15 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before torch is imported, here and in every process a test starts: the models are tiny, the workers share the cores,
-# and sums come out the same however many workers there are.
+# and sums come out the same however many workers there are. Triton, which others import too, decides at its import
+# whether kernels are compiled or interpreted.
 os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
     OPENBLAS_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
     STREAMLIT_BROWSER_GATHER_USAGE_STATS="false",
+    TRITON_INTERPRET="1",
     WANDB_MODE="disabled",
 )
 

@@ -1,10 +1,15 @@
 """The kernels, interpreted on the CPU, against their definitions in float64: values, and every gradient by name."""
 
+import importlib
+
 import pytest
 import torch
 
-from workbench.kernels import reference
+from workbench.kernels import dispatch, reference
 from workbench.kernels.dispatch import kernels_for
+from workbench.models.config import ModelConfig
+from workbench.models.fast import ReadPlan, read_logits
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 
 pytest.importorskip("triton", reason="Triton is published for Linux alone")
@@ -83,6 +88,13 @@ def test_add_norm_is_its_definition(rows, width):
     compare(lambda *args: fused(*args, EPS), lambda *args: plain(*args, EPS), named, rng)
 
 
+def test_a_program_that_has_many_turns_sums_them_all(monkeypatch):
+    from workbench.kernels import fused_add_norm
+
+    monkeypatch.setattr(fused_add_norm, "CHUNKS", 3)
+    test_add_norm_is_its_definition((2110,), 12)
+
+
 def test_add_norm_takes_operands_in_any_order_of_memory():
     rng = torch.Generator().manual_seed(0)
     x, w, b = torch.randn(24, 6, generator=rng).T, torch.randn(24, generator=rng), torch.randn(24, generator=rng)
@@ -147,6 +159,45 @@ def test_a_processor_takes_the_reference_unless_told_otherwise(monkeypatch):
     assert kernels_for(torch.device("cuda")).name == "triton"
 
 
+def test_kernels_that_nothing_interprets_need_a_gpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "_chosen", dispatch._chosen.__wrapped__)
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+    with pytest.raises(WorkbenchError, match="WORKBENCH_KERNELS=triton needs a CUDA device, and this is 'cpu'"):
+        kernels()
+    assert kernels_for(torch.device("cuda")).name == "triton"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_model_trains_by_the_kernels_as_by_its_definition(monkeypatch, causal):
+    # Padded prompts of 5 tokens, read twice; two blocks with biases everywhere.
+    rng = torch.Generator().manual_seed(0)
+    config = ModelConfig(
+        n_layers=2, d_model=12, n_heads=2, d_head=6, d_mlp=20, n_ctx=5, d_vocab=7, d_vocab_out=7, normalization="LN",
+        activation="gelu", biases=("attn", "mlp", "unembed"), causal=causal, pad_token=0,
+    )  # fmt: skip
+    model = Transformer(config, generator=rng)
+    tokens = torch.randint(1, 7, (6, 5), generator=rng)
+    tokens[::2, 0] = 0
+    read = torch.zeros(6, 5, dtype=torch.bool)
+    read[:, [2, 4]] = True
+    counted = []
+    for name in ("add_norm", "attention"):
+        module = importlib.import_module(f"workbench.kernels.fused_{name}")
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, real=real, name=name: counted.append(name) or real(*given))
+    above = torch.randn(int(read.sum()), 7, generator=rng)
+    (read_logits(model, ReadPlan.of(config, tokens, read)) * above).sum().backward()
+    assert counted == ["attention", "add_norm", "add_norm"]
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    exact = Transformer(config, generator=None).double()
+    exact.load_state_dict(model.state_dict())
+    (exact(tokens)[read] * above).sum().backward()
+    # What adds the same to every score has no gradient but rounding: keys' bias.
+    scale = max(float(parameter.grad.norm()) for parameter in exact.parameters())
+    for name, parameter in exact.named_parameters():
+        assert float((ours[name].double() - parameter.grad).norm()) < RELATIVE * scale, name
+
+
 def test_unknown_kernels_are_refused(monkeypatch):
     monkeypatch.setenv("WORKBENCH_KERNELS", "cutlass")
     with pytest.raises(WorkbenchError, match="WORKBENCH_KERNELS=cutlass names no kernels. Known: reference, triton."):
@@ -155,8 +206,6 @@ def test_unknown_kernels_are_refused(monkeypatch):
 
 def test_without_triton_the_reference_is_used_and_said(monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    from workbench.kernels import dispatch
-
     monkeypatch.setattr(dispatch, "_chosen", dispatch._chosen.__wrapped__)
     with pytest.raises(WorkbenchError, match="Triton is not installed"):
         kernels()

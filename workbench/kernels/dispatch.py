@@ -42,7 +42,7 @@ def kernels_for(device: torch.device) -> Kernels:
     """The fused operations on this device.
 
     Raises:
-        WorkbenchError: the override names no implementation, or one that is not installed.
+        WorkbenchError: the override names no implementation, or one that is not installed or does not run there.
     """
     return _chosen(device.type, os.environ.get(OVERRIDE))
 
@@ -54,22 +54,36 @@ def _chosen(device: str, override: str | None) -> Kernels:
     present = importlib.util.find_spec("triton") is not None
     if override == "triton" and not present:
         raise WorkbenchError(f"{OVERRIDE}=triton, but Triton is not installed: pip install 'interp-workbench[gpu]'.")
+    if override == "triton" and device != "cuda" and not _interpreted():
+        raise WorkbenchError(
+            f"{OVERRIDE}=triton needs a CUDA device, and this is {device!r}: unset it, or TRITON_INTERPRET=1."
+        )
     if override is None and device == "cuda" and not present:
         log.warning("Triton is not installed, so the plain kernels are used: pip install 'interp-workbench[gpu]'.")
     wanted = override or ("triton" if device == "cuda" and present else "reference")
     return _triton() if wanted == "triton" else REFERENCE
 
 
+def _interpreted() -> bool:
+    """Whether Triton was told to interpret kernels on the processor."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
 def _triton() -> Kernels:
+    # Triton launches on the process's current card, whichever holds the tensors: hence `device_of`.
     from workbench.kernels import fused_add_norm, fused_attention
 
     def add_norm(x: Tensor, added: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         fits = x.dtype == torch.float32 and x.numel() > 0
-        return (fused_add_norm if fits else reference).add_norm(x, added, w, b, eps)
+        with torch.cuda.device_of(x):
+            return (fused_add_norm if fits else reference).add_norm(x, added, w, b, eps)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
         short = max(q.shape[1], k.shape[1]) <= MOST_POSITIONS
         fits = q.dtype == torch.float32 and q.numel() > 0 and short
-        return (fused_attention if fits else reference).attention(q, k, v, allowed)
+        with torch.cuda.device_of(q):
+            return (fused_attention if fits else reference).attention(q, k, v, allowed)
 
     return Kernels(name="triton", add_norm=add_norm, attention=attention)

@@ -6,6 +6,8 @@ gradients of scale and shift are summed within a program and then over programs,
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ CHUNKS = 1056
 
 
 @triton.jit
+@no_type_check
 def forward_kernel(
     x, added, w, b, total, normed, n_rows, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -37,6 +40,7 @@ def forward_kernel(
 
 
 @triton.jit
+@no_type_check
 def backward_kernel(
     total, w, d_total, d_normed, d_x, d_w, d_b, n_rows, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

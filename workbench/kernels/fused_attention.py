@@ -8,6 +8,8 @@ writing every element once, without atomics.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -17,29 +19,45 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 ELEMENTS = 1024
 """Entries of a program's rows: eight a thread."""
-MASKED = -1e5
-"""Score of a source that may not be attended to, as in the hooked forward."""
+LOWEST = tl.constexpr(-1e30)
+"""Where a running maximum begins: finite, so that a source that may not be attended to leaves it as it is."""
 
 
 @triton.jit
+@no_type_check
+def places(n_rows, n_heads, n_own, n_other, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """A program's rows, each a position of a head of an example, and where they lie; where the other side begins."""
+    row, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    example, head, own = row // (n_own * n_heads), row // n_own % n_heads, row % n_own
+    inside = (row < n_rows)[:, None] & (e < WIDTH)[None, :]
+    at_own = (((example * n_own + own) * n_heads + head) * WIDTH)[:, None] + e[None, :]
+    at_other = ((example * n_other * n_heads + head) * WIDTH)[:, None] + e[None, :]
+    return row, example, head, own, inside, at_own, at_other
+
+
+@triton.jit
+@no_type_check
+def score_of(query, key, may, scale):
+    """Scores of one source for each row, or of one destination; `-inf` where it may not be attended to."""
+    return tl.where(may != 0, tl.sum(query * key, 1) * scale, float("-inf"))
+
+
+@triton.jit
+@no_type_check
 def forward_kernel(
     q, k, v, allowed, z, lse, n_rows, n_heads, n_dest, n_src, mask_stride, scale,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Outputs of `ROWS` destinations, and the logarithm of each softmax's denominator."""
-    row, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    example, head, dest = row // (n_dest * n_heads), row // n_dest % n_heads, row % n_dest
-    inside = (row < n_rows)[:, None] & (e < WIDTH)[None, :]
-    at_dest = (((example * n_dest + dest) * n_heads + head) * WIDTH)[:, None] + e[None, :]
-    at_src = ((example * n_src * n_heads + head) * WIDTH)[:, None] + e[None, :]
+    row, example, _, dest, inside, at_dest, at_src = places(n_rows, n_heads, n_dest, n_src, WIDTH, BLOCK, ROWS)
     at_mask = allowed + example * mask_stride + dest * n_src
     query = tl.load(q + at_dest, inside, 0.0)
-    most, denominator = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    most, denominator = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for src in range(n_src):
         place = at_src + src * n_heads * WIDTH
-        score = tl.sum(query * tl.load(k + place, inside, 0.0), 1) * scale
-        score = tl.where(tl.load(at_mask + src, row < n_rows, 0) != 0, score, MASKED)
+        may = tl.load(at_mask + src, row < n_rows, 1)
+        score = score_of(query, tl.load(k + place, inside, 0.0), may, scale)
         higher = tl.maximum(most, score)
         kept, weight = tl.exp(most - higher), tl.exp(score - higher)
         denominator = denominator * kept + weight
@@ -50,16 +68,13 @@ def forward_kernel(
 
 
 @triton.jit
+@no_type_check
 def dest_kernel(
     q, k, v, allowed, z, lse, d_z, d_q, shared, n_rows, n_heads, n_dest, n_src, mask_stride, scale,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `ROWS` queries; `shared` is what softmax's gradient takes from each of a row's scores."""
-    row, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    example, head, dest = row // (n_dest * n_heads), row // n_dest % n_heads, row % n_dest
-    inside = (row < n_rows)[:, None] & (e < WIDTH)[None, :]
-    at_dest = (((example * n_dest + dest) * n_heads + head) * WIDTH)[:, None] + e[None, :]
-    at_src = ((example * n_src * n_heads + head) * WIDTH)[:, None] + e[None, :]
+    row, example, _, dest, inside, at_dest, at_src = places(n_rows, n_heads, n_dest, n_src, WIDTH, BLOCK, ROWS)
     at_mask = allowed + example * mask_stride + dest * n_src
     query, upstream = tl.load(q + at_dest, inside, 0.0), tl.load(d_z + at_dest, inside, 0.0)
     common = tl.sum(upstream * tl.load(z + at_dest, inside, 0.0), 1)
@@ -69,45 +84,40 @@ def dest_kernel(
     for src in range(n_src):
         place = at_src + src * n_heads * WIDTH
         key = tl.load(k + place, inside, 0.0)
-        may = tl.load(at_mask + src, row < n_rows, 0) != 0
-        weight = tl.exp(tl.where(may, tl.sum(query * key, 1) * scale, MASKED) - denominator)
+        may = tl.load(at_mask + src, row < n_rows, 1)
+        weight = tl.exp(score_of(query, key, may, scale) - denominator)
         d_weight = tl.sum(upstream * tl.load(v + place, inside, 0.0), 1)
-        d_score = tl.where(may, weight * (d_weight - common) * scale, 0.0)
-        total += d_score[:, None] * key
+        total += (weight * (d_weight - common) * scale)[:, None] * key
     tl.store(d_q + at_dest, total, inside)
 
 
 @triton.jit
+@no_type_check
 def src_kernel(
     q, k, v, allowed, lse, d_z, shared, d_k, d_v, n_rows, n_heads, n_dest, n_src, mask_stride, scale,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `ROWS` keys and values."""
-    row, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    example, head, src = row // (n_src * n_heads), row // n_src % n_heads, row % n_src
-    inside = (row < n_rows)[:, None] & (e < WIDTH)[None, :]
-    at_src = (((example * n_src + src) * n_heads + head) * WIDTH)[:, None] + e[None, :]
-    at_dest = ((example * n_dest * n_heads + head) * WIDTH)[:, None] + e[None, :]
+    row, example, head, src, inside, at_src, at_dest = places(n_rows, n_heads, n_src, n_dest, WIDTH, BLOCK, ROWS)
     at_row, at_mask = (example * n_heads + head) * n_dest, allowed + example * mask_stride + src
     key, value = tl.load(k + at_src, inside, 0.0), tl.load(v + at_src, inside, 0.0)
     total_k, total_v = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
     for dest in range(n_dest):
         place = at_dest + dest * n_heads * WIDTH
         query, upstream = tl.load(q + place, inside, 0.0), tl.load(d_z + place, inside, 0.0)
-        may = tl.load(at_mask + dest * n_src, row < n_rows, 0) != 0
-        score = tl.where(may, tl.sum(query * key, 1) * scale, MASKED)
-        weight = tl.exp(score - tl.load(lse + at_row + dest, row < n_rows, 0.0))
+        may = tl.load(at_mask + dest * n_src, row < n_rows, 1)
+        weight = tl.exp(score_of(query, key, may, scale) - tl.load(lse + at_row + dest, row < n_rows, 0.0))
         total_v += weight[:, None] * upstream
         d_weight = tl.sum(upstream * value, 1) - tl.load(shared + at_row + dest, row < n_rows, 0.0)
-        total_k += tl.where(may, weight * d_weight * scale, 0.0)[:, None] * query
+        total_k += (weight * d_weight * scale)[:, None] * query
     tl.store(d_k + at_src, total_k, inside)
     tl.store(d_v + at_src, total_v, inside)
 
 
-def constants(width: int) -> dict[str, int | float]:
+def constants(width: int) -> dict[str, int]:
     """What a kernel is compiled for: heads of this width."""
     block = triton.next_power_of_2(width)
-    return {"WIDTH": width, "BLOCK": block, "ROWS": max(1, ELEMENTS // block), "MASKED": MASKED}
+    return {"WIDTH": width, "BLOCK": block, "ROWS": max(1, ELEMENTS // block)}
 
 
 class Attention(torch.autograd.Function):

@@ -32,15 +32,23 @@ class Rows:
     example: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
     """One of the places where each row stands."""
+    query: Int[Tensor, " query"]
+    """The rows that stand where something is read."""
+    query_of: Int[Tensor, " reads"]
+    """Which of them each read has."""
 
     @classmethod
-    def of(cls, code: Int[Tensor, "batch pos"], needed: Bool[Tensor, "batch pos"]) -> Rows:
-        """A row for each distinct code among the places that are needed."""
+    def of(
+        cls, code: Int[Tensor, "batch pos"], needed: Bool[Tensor, "batch pos"], read: Bool[Tensor, "batch pos"]
+    ) -> Rows:
+        """A row for each distinct code among the places that are needed, those that are read among them."""
         distinct, row = code[needed].unique(return_inverse=True)
         place = torch.arange(len(row), device=row.device)
         first = torch.zeros_like(distinct).scatter_reduce(0, row, place, "amin", include_self=False)
         example, position = needed.nonzero()[first].unbind(1)
-        return cls(index=torch.zeros_like(code).masked_scatter(needed, row), example=example, position=position)
+        index = torch.zeros_like(code).masked_scatter(needed, row)
+        query, query_of = index[read].unique(return_inverse=True)
+        return cls(index=index, example=example, position=position, query=query, query_of=query_of)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -55,10 +63,6 @@ class ReadPlan:
     example: Int[Tensor, " reads"]
     position: Int[Tensor, " reads"]
     """Where each read logit is, in the order of `read.nonzero()`."""
-    query: Int[Tensor, " query"]
-    """The distinct rows before the last step that stand at reads."""
-    query_of: Int[Tensor, " reads"]
-    """Which of them each read has."""
 
     @classmethod
     def of(cls, config: ModelConfig, tokens: Int[Tensor, "batch pos"], read: Bool[Tensor, "batch pos"]) -> ReadPlan:
@@ -67,18 +71,12 @@ class ReadPlan:
         position = torch.arange(n, device=tokens.device)
         needed = _needed(config, tokens, read)
         example, at = read.nonzero().unbind(1)
-        at_first = Rows.of(tokens * n + position, needed)
-        later = Rows.of(_seen(config, tokens) * n + position, needed)
-        last = at_first if config.n_steps == 1 else later
-        query, query_of = last.index[example, at].unique(return_inverse=True)
         return cls(
             tokens=tokens,
-            at_first=at_first,
-            later=later,
+            at_first=Rows.of(tokens * n + position, needed, read),
+            later=Rows.of(_seen(config, tokens) * n + position, needed, read),
             example=example,
             position=at,
-            query=query,
-            query_of=query_of,
         )
 
 
@@ -150,13 +148,13 @@ def _attend_at_reads(
     """As `_attend`, at the reads alone."""
     k, v = weights.project(x, "K"), weights.project(x, "V")
     mask = allowed.expand(len(plan.tokens), -1, -1)[plan.example, plan.position]
-    q, sources = weights.project(x[plan.query], "Q"), rows.index[plan.example]
+    q, sources = weights.project(x[rows.query], "Q"), rows.index[plan.example]
     if len(q) * len(k) < sources.numel():
         # Queries that reads share, as that of a last token `=`: each against each key once, then a lookup.
         table = torch.einsum("uhe,she->ush", q, k).flatten(0, 1)
-        scores = functional.embedding(plan.query_of[:, None] * len(x) + sources, table)
+        scores = functional.embedding(rows.query_of[:, None] * len(x) + sources, table)
     else:
-        scores = (_gather(q, plan.query_of[:, None]) * _gather(k, sources)).sum(-1)
+        scores = (_gather(q, rows.query_of[:, None]) * _gather(k, sources)).sum(-1)
     scores = (scores / k.shape[-1] ** 0.5).masked_fill(~mask[..., None], MASKED)
     return weights.merge((scores.softmax(1)[..., None] * _gather(v, sources)).sum(1))
 

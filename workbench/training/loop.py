@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
+from workbench.kernels.dispatch import kernels_for
 from workbench.metrics import is_right
 from workbench.models.kinds import Model, build, logits_at
 from workbench.models.program import Gumbel, TransformerProgram
@@ -341,7 +342,8 @@ class Trainer:
         for name, step in self._log().landmarks().items():
             add_reason(self.folder, step, name)
         self.save_state()
-        how = {"threads": thread_count(), "repeatable": self.position.repeatable}
+        kernels = kernels_for(self.accelerator.device).name
+        how = {"threads": thread_count(), "kernels": kernels, "repeatable": self.position.repeatable}
         seconds = round(self.position.seconds, 3)
         write_json(self.folder.path / STATUS, {"finished": True, "reason": reason, "seconds": seconds, **how})
 
