@@ -130,6 +130,18 @@ def test_attention_is_its_definition(mask, batch, n_dest, n_src, heads, width):
     compare(attention(), reference.attention, named, rng)
 
 
+def test_attention_takes_operands_in_any_order_of_memory():
+    rng = torch.Generator().manual_seed(0)
+    # Heads before positions, as a model that keeps them so hands them over; and a gradient from above like that.
+    q, k, v = (torch.randn(2, 3, 5, 4, generator=rng).transpose(1, 2).requires_grad_() for _ in range(3))
+    allowed = torch.ones(5, 5, dtype=torch.bool).triu().T[None]
+    above = torch.randn(4, 3, 5, 2, generator=rng).permute(3, 2, 1, 0)
+    ours = torch.autograd.grad(attention()(q, k, v, allowed), (q, k, v), above)
+    theirs = torch.autograd.grad(reference.attention(q, k, v, allowed), (q, k, v), above)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_attention_of_large_scores_stays_finite():
     rng = torch.Generator().manual_seed(0)
     q, k, v = (50 * torch.randn(2, 9, 2, 8, generator=rng) for _ in range(3))

@@ -263,6 +263,7 @@ def test_a_run_that_went_on_with_other_threads_is_not_repeatable_and_says_so(tmp
     # Once and for all: a state of such a run is not one of an unbroken run either.
     again = train(recipe, folder, resume=True)
     assert (again.status["threads"], again.status["repeatable"]) == (7, False)
+    assert again.status["kernels"] == "reference"
     # Recipe, and with it world and splits, are the same; so are the batches, whose sizes and order the log shows.
     assert resumed.recipe == unbroken.recipe
     assert [row["step"] for row in resumed.log.rows] == [row["step"] for row in unbroken.log.rows]
