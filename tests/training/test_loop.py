@@ -56,6 +56,14 @@ def test_a_run_leaves_recipe_log_checkpoints_states_and_status(tmp_path):
     assert run.log.rows[-1]["train_loss"] < 0.5 * run.log.rows[0]["train_loss"]
 
 
+def test_kernels_that_are_refused_leave_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_KERNELS", "cutlass")
+    folder = new_run("refused", tmp_path)
+    with pytest.raises(WorkbenchError, match="WORKBENCH_KERNELS=cutlass names no kernels"):
+        train(tiny(), folder)
+    assert [path.name for path in folder.path.iterdir() if path.name != ".lock"] == []
+
+
 def test_logged_losses_are_those_of_the_hooked_forward(tmp_path):
     run = train(tiny(), new_run("a", tmp_path))
     for split in ("train", "test"):

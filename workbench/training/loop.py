@@ -97,6 +97,7 @@ class Trainer:
         """Build model, optimiser and data; nothing is written."""
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         self.config, self.position = recipe.trainable(), Position()
+        self.kernels = kernels_for(accelerator.device).name
         config = self.config
         self.model = build(recipe.model, generator=generator(config.init_seed, "init"))
         begin(self.model, recipe, folder)
@@ -342,8 +343,7 @@ class Trainer:
         for name, step in self._log().landmarks().items():
             add_reason(self.folder, step, name)
         self.save_state()
-        kernels = kernels_for(self.accelerator.device).name
-        how = {"threads": thread_count(), "kernels": kernels, "repeatable": self.position.repeatable}
+        how = {"threads": thread_count(), "kernels": self.kernels, "repeatable": self.position.repeatable}
         seconds = round(self.position.seconds, 3)
         write_json(self.folder.path / STATUS, {"finished": True, "reason": reason, "seconds": seconds, **how})
 
