@@ -4,8 +4,9 @@ import importlib
 
 import pytest
 import torch
+from exactness import RELATIVE, compare, kernels
 
-from workbench.kernels import dispatch, reference
+from workbench.kernels import dispatch, onednn, reference
 from workbench.kernels.dispatch import kernels_for
 from workbench.models.config import ModelConfig
 from workbench.models.fast import ReadPlan, read_logits
@@ -15,26 +16,6 @@ from workbench.runtime import WorkbenchError
 pytest.importorskip("triton", reason="Triton is published for Linux alone")
 
 EPS = 1e-5
-RELATIVE = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """Outputs start as NaN, so that an element that a kernel leaves out is seen."""
-    monkeypatch.setenv("WORKBENCH_KERNELS", "triton")
-    for name in ("empty_like", "empty"):
-        real = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, real=real, **kw: _nan(real(*args, **kw)))
-    real_new = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *args, **kw: _nan(real_new(self, *args, **kw)))
-
-
-def _nan(tensor):
-    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-
-def kernels():
-    return kernels_for(torch.device("cpu"))
 
 
 def attention():
@@ -44,39 +25,16 @@ def attention():
     return fused_attention.attention
 
 
-def compare(fused, plain, named, generator):
-    """Values and gradients of one call, each within `RELATIVE` of the definition's in float64."""
-    single = {name: value.clone() for name, value in named.items()}
-    double = {name: value.double() if value.is_floating_point() else value for name, value in named.items()}
-    outputs = []
-    for operands, function in ((single, fused), (double, plain)):
-        for value in operands.values():
-            if value.is_floating_point():
-                value.requires_grad_()
-        result = function(*operands.values())
-        outputs.append(result if isinstance(result, tuple) else (result,))
-    weights = [torch.randn(each.shape, generator=generator) for each in outputs[0]]
-    for result in outputs:
-        sum((each * weight.to(each)).sum() for each, weight in zip(result, weights, strict=True)).backward()
-    for index, (ours, theirs) in enumerate(zip(*outputs, strict=True)):
-        assert error(ours, theirs) < RELATIVE, f"value {index}"
-    for name, value in single.items():
-        if value.is_floating_point():
-            assert error(value.grad, double[name].grad) < RELATIVE, name
-
-
-def error(ours, theirs):
-    return float((ours.detach().double() - theirs.detach()).norm() / theirs.detach().norm())
-
-
-@pytest.mark.parametrize(("rows", "width"), [((1,), 1), ((5,), 16), ((3, 7), 33), ((2110,), 12)])
-def test_add_norm_is_its_definition(rows, width):
-    rng = torch.Generator().manual_seed(len(rows) + width)
+@pytest.mark.parametrize(
+    ("members", "rows", "width"), [((), 1, 1), ((), 5, 16), ((3,), 7, 33), ((2, 2), 130, 16), ((), 2110, 12)]
+)
+def test_add_norm_is_its_definition(members, rows, width):
+    rng = torch.Generator().manual_seed(rows + width)
     named = {
-        "x": torch.randn(*rows, width, generator=rng),
-        "added": 3 + torch.randn(*rows, width, generator=rng),
-        "w": torch.randn(width, generator=rng),
-        "b": torch.randn(width, generator=rng),
+        "x": torch.randn(*members, rows, width, generator=rng),
+        "added": 3 + torch.randn(*members, rows, width, generator=rng),
+        "w": torch.randn(*members, width, generator=rng),
+        "b": torch.randn(*members, width, generator=rng),
     }
     if width == 1:
         # One entry has no spread: its norm is the shift, and no gradient passes.
@@ -92,7 +50,7 @@ def test_a_program_that_has_many_turns_sums_them_all(monkeypatch):
     from workbench.kernels import fused_add_norm
 
     monkeypatch.setattr(fused_add_norm, "CHUNKS", 3)
-    test_add_norm_is_its_definition((2110,), 12)
+    test_add_norm_is_its_definition((2,), 2110, 12)
 
 
 def test_add_norm_takes_operands_in_any_order_of_memory():
@@ -164,10 +122,10 @@ def test_float64_goes_to_the_reference():
         assert torch.equal(ours, theirs)
 
 
-def test_a_processor_takes_the_reference_unless_told_otherwise(monkeypatch):
+def test_a_processor_is_not_interpreting_unless_told_so(monkeypatch):
     assert kernels().name == "triton"
     monkeypatch.delenv("WORKBENCH_KERNELS")
-    assert kernels().name == "reference"
+    assert kernels().name == ("onednn" if onednn.is_available() else "reference")
     assert kernels_for(torch.device("cuda")).name == "triton"
 
 

@@ -2,6 +2,7 @@
 
 A program holds whole rows. Backward it normalises them anew from the stored sum, which is read in any case; the
 gradients of scale and shift are summed within a program and then over programs, in a fixed order, without atomics.
+Members are models side by side, each with rows, a scale and a shift of its own.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ CHUNKS = 1056
 def forward_kernel(
     x, added, w, b, total, normed, n_rows, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
-    """`total = x + added` and its LayerNorm, `ROWS` rows a program."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """`total = x + added` and its LayerNorm, `ROWS` rows a program; `n_rows` are a member's."""
+    member = tl.program_id(1).to(tl.int64)
+    row, last = member * n_rows + tl.program_id(0) * ROWS + tl.arange(0, ROWS), (member + 1) * n_rows
+    w, b = w + member * WIDTH, b + member * WIDTH
     column = tl.arange(0, BLOCK)
-    inside = (row < n_rows)[:, None] & (column < WIDTH)[None, :]
+    inside = (row < last)[:, None] & (column < WIDTH)[None, :]
     place = row[:, None] * WIDTH + column[None, :]
     s = tl.load(x + place, inside, 0.0) + tl.load(added + place, inside, 0.0)
     tl.store(total + place, s, inside)
@@ -46,13 +49,13 @@ def backward_kernel(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of both summands, and this program's share of those of scale and shift."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    program, programs, member = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    w_row = tl.load(w + column, column < WIDTH, 0.0)[None, :]
+    w_row = tl.load(w + member * WIDTH + column, column < WIDTH, 0.0)[None, :]
     sum_w, sum_b = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for first in range(program * ROWS, n_rows, programs * ROWS):
-        row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
-        inside = (row < n_rows)[:, None] & (column < WIDTH)[None, :]
+        row = member * n_rows + first + tl.arange(0, ROWS)
+        inside = (row < (member + 1) * n_rows)[:, None] & (column < WIDTH)[None, :]
         place = row[:, None] * WIDTH + column[None, :]
         s = tl.load(total + place, inside, 0.0)
         g = tl.load(d_normed + place, inside, 0.0)
@@ -64,8 +67,9 @@ def backward_kernel(
         g = g * w_row
         through = g - (tl.sum(g, 1) / WIDTH)[:, None] - unit * (tl.sum(g * unit, 1) / WIDTH)[:, None]
         tl.store(d_x + place, tl.load(d_total + place, inside, 0.0) + through * scale[:, None], inside)
-    tl.store(d_w + program * WIDTH + column, sum_w, column < WIDTH)
-    tl.store(d_b + program * WIDTH + column, sum_b, column < WIDTH)
+    place = (program * tl.num_programs(1) + member) * WIDTH + column
+    tl.store(d_w + place, sum_w, column < WIDTH)
+    tl.store(d_b + place, sum_b, column < WIDTH)
 
 
 def constants(width: int) -> dict[str, int]:
@@ -80,11 +84,12 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, added: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """As `reference.add_norm`, on rows that lie one after the other."""
-        x, added = x.contiguous(), added.contiguous()
+        x, added, w, b = (each.contiguous() for each in (x, added, w, b))
         total, normed = torch.empty_like(x), torch.empty_like(x)
-        width, rows = x.shape[-1], x.numel() // x.shape[-1]
-        shape = constants(width)
-        forward_kernel[(triton.cdiv(rows, shape["ROWS"]),)](x, added, w, b, total, normed, rows, eps, **shape)
+        shape, members = constants(x.shape[-1]), w.numel() // x.shape[-1]
+        rows = x.numel() // w.numel()
+        grid = (triton.cdiv(rows, shape["ROWS"]), members)
+        forward_kernel[grid](x, added, w, b, total, normed, rows, eps, **shape)
         ctx.save_for_backward(total, w)
         ctx.shape, ctx.eps, ctx.rows = shape, eps, rows
         return total, normed
@@ -94,9 +99,10 @@ class AddNorm(torch.autograd.Function):
     def backward(ctx, d_total: Tensor, d_normed: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, added, w and b."""
         total, w = ctx.saved_tensors
-        programs = min(triton.cdiv(ctx.rows, ctx.shape["ROWS"]), CHUNKS)
-        d_x, shares = torch.empty_like(total), total.new_empty(2, programs, total.shape[-1])
-        backward_kernel[(programs,)](
+        members = w.numel() // w.shape[-1]
+        programs = min(triton.cdiv(ctx.rows, ctx.shape["ROWS"]), triton.cdiv(CHUNKS, members))
+        d_x, shares = torch.empty_like(total), total.new_empty(2, programs, *w.shape)
+        backward_kernel[(programs, members)](
             total, w, d_total.contiguous(), d_normed.contiguous(), d_x, *shares, ctx.rows, ctx.eps, **ctx.shape
         )
         d_w, d_b = shares.sum(1)
@@ -104,12 +110,12 @@ class AddNorm(torch.autograd.Function):
 
 
 def add_norm(
-    x: Float[Tensor, "*rows d_model"],
-    added: Float[Tensor, "*rows d_model"],
-    w: Float[Tensor, " d_model"],
-    b: Float[Tensor, " d_model"],
+    x: Float[Tensor, "*member row d_model"],
+    added: Float[Tensor, "*member row d_model"],
+    w: Float[Tensor, "*member d_model"],
+    b: Float[Tensor, "*member d_model"],
     eps: float,
-) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows d_model"]]:
+) -> tuple[Float[Tensor, "*member row d_model"], Float[Tensor, "*member row d_model"]]:
     """As `reference.add_norm`, in float32."""
     total, normed = AddNorm.apply(x, added, w, b, eps)
     return total, normed
