@@ -11,7 +11,7 @@ from program_models import config_of, model_of
 
 from circuits.patching import patch_each
 from workbench.instrument.passes import run
-from workbench.instrument.sites import Site
+from workbench.instrument.sites import Site, check_site, select_sites
 from workbench.instrument.trace import FromTrace, Patch
 from workbench.models.discrete import CategoricalHead, DiscreteProgram, Layer, NumericalHead, ProgramShape
 from workbench.models.interpreter import program_logits, run_program
@@ -33,15 +33,16 @@ def as_numbers(one_hot):
     layers=st.integers(1, 3),
     heads=st.tuples(*[st.integers(0, 2)] * 4).filter(any),
     coded=st.booleans(),
+    pooled=st.booleans(),
 )
-def test_the_discretised_model_is_its_program(seed, function, layers, heads, coded):
+def test_the_discretised_model_is_its_program(seed, function, layers, heads, coded, pooled):
     sizes = {"reverse": (5, 8), "hist": (6, 8), "dyck": (4, 10), "induction": (8, 10)}
     letters, n_ctx = sizes[function]
     task = Sequences(function=function, letters=letters, n_ctx=n_ctx, size=60)
     names = ("categorical_heads", "numerical_heads", "categorical_mlps", "numerical_mlps")
     shape = {"n_layers": layers, **dict(zip(names, heads, strict=True)), "cardinality": 10}
     columns = {"coded": True, "columns": 2} if coded else {}
-    model = model_of(task, seed, **shape, **columns)
+    model = model_of(task, seed, **shape, **columns, pooled=pooled)
     batch = task.examples("train")
     logits = model.forward(batch.tokens).detach()
     program = model.discrete_program(tuple(task.vocab))
@@ -60,6 +61,18 @@ def test_the_discretised_model_is_its_program(seed, function, layers, heads, cod
     assert np.array_equal(
         np.concatenate([np.ones_like(numerical[..., :1]), *sums], 2)[real.numpy()], numerical[real.numpy()]
     )
+
+
+def test_each_kind_of_site_has_the_heads_that_write_it():
+    """Four copying heads, one sum, two tables: each is a site of its own, and there is no other."""
+    model = model_of(HIST, n_layers=1, categorical_heads=4, numerical_heads=1, categorical_mlps=1, numerical_mlps=1)
+    sizes = {"token_values": 1, "position_values": 1, "L0.z": 4, "L0.sums": 1, "L0.codes": 2}
+    for name, size in sizes.items():
+        assert [str(site) for site in select_sites(name, model)] == [f"{name}.h{head}" for head in range(size)]
+        with pytest.raises(WorkbenchError, match=rf"{name}.h{size}: this model has heads 0 to {size - 1}"):
+            check_site(Site.parse(f"{name}.h{size}"), model)
+    batch = HIST.sample(8, split="test")
+    assert len({cell.site for cell in patch_each(model, batch, sites="z,sums,codes").cells}) == 7
 
 
 def by_hand(layer, *, causal=False):
@@ -134,6 +147,15 @@ def test_the_batch_changes_no_logits(function):
         assert torch.allclose(short[0], together[row, :length], atol=1e-12)
 
 
+def test_pooled_votes_are_the_mean_over_the_prompt_by_hand():
+    apart, pooled = (model_of(HIST, pooled=each) for each in (False, True))
+    tokens = HIST.prompt("1 3").tokens
+    votes, mean = apart.forward(tokens)[0, :3].mean(0), pooled.forward(tokens)[0]
+    allowed = apart.allowed
+    assert torch.allclose(mean[:, allowed], votes[allowed].expand(len(mean), -1))
+    assert (mean[:, ~allowed] == -1e30).all()
+
+
 def test_cold_choices_are_the_most_likely_ones():
     rng = generator(0, "gumbel")
     logits = torch.tensor([[0.0, 4.0, 1.0], [30.0, 0.0, 0.0]])
@@ -184,3 +206,36 @@ def test_a_variable_can_be_patched():
 def test_bad_shapes_are_one_clear_error(fields, message):
     with pytest.raises(WorkbenchError, match=message):
         config_of(HIST, **fields)
+
+
+def induction_by_hand(fallback):
+    """Copies the token before, then the one at which that copy is the own letter; nothing matches a new letter."""
+    task = Sequences(function="induction", letters=8, n_ctx=10, size=400)
+    heads = {"categorical_heads": 1, "numerical_heads": 0, "categorical_mlps": 0, "numerical_mlps": 0}
+    model = model_of(task, **heads, cardinality=10, fallback=fallback)
+    begin = task.vocab.index("<s>")
+    sure = 20.0
+    with torch.no_grad():
+        for parameter in (each for each in model.parameters() if each.requires_grad):
+            parameter.zero_()
+        for layer, (query, key) in zip(model.layers, [(1, 1), (0, 2)], strict=True):
+            layer.categorical.read_q[0, query] = layer.categorical.read_k[0, key] = sure
+            layer.categorical.read_v[0, 0] = sure
+        for value in range(10):
+            model.layers[0].categorical.predicate[0, value, max(0, value - 1)] = sure
+            model.layers[1].categorical.predicate[0, value, value] = sure
+        for answer in task.outputs:
+            model.W_categorical[3, begin if answer == task.vocab.index("<unk>") else answer, answer] = sure
+    return task, model
+
+
+@pytest.mark.parametrize("fallback", ["sum", "max"])
+def test_where_nothing_matches_a_relaxed_head_falls_back_too(fallback):
+    task, model = induction_by_hand(fallback)
+    batch = task.examples("train")
+    assert (model.forward(batch.tokens).argmax(2) == batch.targets)[batch.read].all()
+    said = model.relaxed(batch.tokens, Gumbel(temperature=1.0, generator=generator(0, "g"))).argmax(2)
+    new = batch.read & (batch.targets == task.vocab.index("<unk>"))
+    share = (said == batch.targets)[new].double().mean()
+    # As the authors' code has it, a head that finds nothing says any digit until choices are nearly made.
+    assert share > 0.9 if fallback == "max" else share < 0.8

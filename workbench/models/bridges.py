@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from workbench.models.config import ACTIVATIONS, BIASES, Bias, ModelConfig
+from workbench.kernels.reference import ACTIVATIONS
+from workbench.models.config import BIASES, Bias, ModelConfig
 from workbench.models.transformer import EPS, Transformer
 from workbench.runtime import WorkbenchError
 from workbench.store import load_state_dict, read_json

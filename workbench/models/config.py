@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch.nn import functional
-
+from workbench.kernels.reference import ACTIVATIONS
 from workbench.runtime import WorkbenchError
+
+if TYPE_CHECKING:
+    from workbench.instrument.sites import SiteKind
 
 Bias = Literal["attn", "mlp", "unembed"]
 BIASES: tuple[Bias, ...] = ("attn", "mlp", "unembed")
-ACTIVATIONS = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    # The tanh approximation that GPT-2 was trained with (Hendrycks & Gimpel 2016).
-    "gelu_new": partial(functional.gelu, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +90,10 @@ class ModelConfig:
     def steps(self) -> tuple[int, ...]:
         """Block that runs at each step."""
         return tuple(range(self.n_layers)) if self.schedule is None else self.schedule
+
+    def heads_of(self, kind: SiteKind) -> int:
+        """As many at every site that has heads."""
+        return self.n_heads
 
     @property
     def n_steps(self) -> int:

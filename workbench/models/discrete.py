@@ -15,6 +15,7 @@ A part reads variables of earlier layers alone, save the MLPs, which read their 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,8 @@ class ProgramShape:
     """Longest sequence, special tokens included."""
     causal: bool
     """Whether heads see no later position."""
+    pooled: bool = False
+    """Whether the votes of a sequence's positions are averaged; the result stands at each of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -68,10 +71,25 @@ class CategoricalTable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class NumericalMLP:
-    """A categorical variable from two numerical ones, by one hidden layer with ReLU, in float64."""
+class NumericalFunction(ABC):
+    """A categorical variable from two numerical ones."""
 
     reads: tuple[int, int]
+
+    @abstractmethod
+    def __call__(self, numbers: Int64[np.ndarray, "*batch 2"]) -> Int64[np.ndarray, " *batch"]:
+        """The value at each pair."""
+
+    @property
+    @abstractmethod
+    def values(self) -> frozenset[int]:
+        """All that it may say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class NumericalMLP(NumericalFunction):
+    """By one hidden layer with ReLU, in float64."""
+
     W_in: Float64[np.ndarray, "2 hidden"]
     b_in: Float64[np.ndarray, " hidden"]
     W_out: Float64[np.ndarray, "hidden value"]
@@ -82,6 +100,49 @@ class NumericalMLP:
         hidden = np.maximum(numbers.astype(np.float64) @ self.W_in + self.b_in, 0)
         return (hidden @ self.W_out + self.b_out).argmax(-1)
 
+    @property
+    def values(self) -> frozenset[int]:
+        """As many as there are outputs."""
+        return frozenset(range(len(self.b_out)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """A comparison in a tree: which of the two numbers, and what follows where it is at most so much, and above it."""
+
+    reads: int
+    """0 or 1."""
+    at_most: int
+    below: Split | int
+    above: Split | int
+    """A value, or the next comparison."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class NumericalTree(NumericalFunction):
+    """By comparisons: a short stand-in for a `NumericalMLP`."""
+
+    root: Split | int
+
+    def __call__(self, numbers: Int64[np.ndarray, "*batch 2"]) -> Int64[np.ndarray, " *batch"]:
+        """The value at each pair's leaf."""
+
+        def decide(node: Split | int) -> np.ndarray:
+            if isinstance(node, int):
+                return np.full(numbers.shape[:-1], node)
+            return np.where(numbers[..., node.reads] <= node.at_most, decide(node.below), decide(node.above))
+
+        return decide(self.root)
+
+    @property
+    def values(self) -> frozenset[int]:
+        """Those at its leaves."""
+
+        def leaves(node: Split | int) -> frozenset[int]:
+            return frozenset({node}) if isinstance(node, int) else leaves(node.below) | leaves(node.above)
+
+        return leaves(self.root)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Layer:
@@ -90,7 +151,7 @@ class Layer:
     categorical_heads: tuple[CategoricalHead, ...]
     numerical_heads: tuple[NumericalHead, ...]
     categorical_mlps: tuple[CategoricalTable, ...]
-    numerical_mlps: tuple[NumericalMLP, ...]
+    numerical_mlps: tuple[NumericalMLP | NumericalTree, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -99,7 +160,7 @@ class Part:
 
     name: str
     """Of the variable that it writes: what it does, its layer, and its number among those that do so there."""
-    does: CategoricalHead | NumericalHead | CategoricalTable | NumericalMLP
+    does: CategoricalHead | NumericalHead | CategoricalTable | NumericalMLP | NumericalTree
     writes: int
     """Place of that variable, among the numerical ones for a numerical head, else among the categorical ones."""
 

@@ -7,11 +7,16 @@ Three exact savings:
   position), later, in a causal model, only on the prompt up to its position, which prompts that begin alike share;
 - what no read depends on is not computed: padding, and in a causal model what follows the last read;
 - the last step computes queries, MLP and unembedding at the read positions only.
+
+Several models of one shape go through it as one (`models/stacked.py`): their prompts and rows stand one model after
+another, as many for each, and only what multiplies by weights knows where one ends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +25,7 @@ from torch.nn import functional
 
 from workbench.kernels.dispatch import kernels_for
 from workbench.models.config import ModelConfig
+from workbench.models.stacked import StackedAttention, StackedBlock, StackedNorm, StackedTransformer
 from workbench.models.transformer import EPS, MASKED, Attention, Block, Transformer
 
 
@@ -50,6 +56,26 @@ class Rows:
         query, query_of = index[read].unique(return_inverse=True)
         return cls(index=index, example=example, position=position, query=query, query_of=query_of)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Rows], first: Sequence[int], reads: int) -> Rows:
+        """Those of several models, as many for each by repeating their first.
+
+        Args:
+            parts: of each model.
+            first: where each model's examples begin among all.
+            reads: how many each model has when its own are filled up.
+        """
+        n_rows = max(len(part.example) for part in parts)
+        n_queries = max(len(part.query) for part in parts)
+        starts = range(0, len(parts) * n_rows, n_rows)
+        return cls(
+            index=torch.cat([part.index + start for part, start in zip(parts, starts, strict=True)]),
+            example=filled_up([part.example + at for part, at in zip(parts, first, strict=True)], n_rows),
+            position=filled_up([part.position for part in parts], n_rows),
+            query=filled_up([part.query + start for part, start in zip(parts, starts, strict=True)], n_queries),
+            query_of=filled_up([part.query_of + at * n_queries for at, part in enumerate(parts)], reads),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ReadPlan:
@@ -63,6 +89,8 @@ class ReadPlan:
     example: Int[Tensor, " reads"]
     position: Int[Tensor, " reads"]
     """Where each read logit is, in the order of `read.nonzero()`."""
+    models: int = 1
+    """How many models the prompts belong to, and the rows in equal parts."""
 
     @classmethod
     def of(cls, config: ModelConfig, tokens: Int[Tensor, "batch pos"], read: Bool[Tensor, "batch pos"]) -> ReadPlan:
@@ -79,10 +107,51 @@ class ReadPlan:
             position=at,
         )
 
+    @classmethod
+    def whole(
+        cls, tokens: Int[Tensor, "batch pos"], example: Int[Tensor, " reads"], position: Int[Tensor, " reads"]
+    ) -> ReadPlan:
+        """The plan that computes every place, whatever stands there: its sizes depend on its arguments' alone."""
+        place = torch.arange(tokens.numel(), device=tokens.device)
+        n = tokens.shape[1]
+        rows = Rows(
+            index=place.view(tokens.shape),
+            example=place // n,
+            position=place % n,
+            query=example * n + position,
+            query_of=torch.arange(len(example), device=tokens.device),
+        )
+        return cls(tokens=tokens, at_first=rows, later=rows, example=example, position=position)
 
-def read_logits(model: Transformer, plan: ReadPlan) -> Float[Tensor, "reads vocab"]:
+    @classmethod
+    def joined(cls, plans: Sequence[ReadPlan]) -> ReadPlan:
+        """The plan of several models of one shape, each with a batch of its own.
+
+        Each has as many reads as the one that has most, by repeating its first.
+        """
+        reads = max(len(plan.example) for plan in plans)
+        first = list(accumulate((len(plan.tokens) for plan in plans[:-1]), initial=0))
+        return cls(
+            tokens=torch.cat([plan.tokens for plan in plans]),
+            at_first=Rows.joined([plan.at_first for plan in plans], first, reads),
+            later=Rows.joined([plan.later for plan in plans], first, reads),
+            example=filled_up([plan.example + at for plan, at in zip(plans, first, strict=True)], reads),
+            position=filled_up([plan.position for plan in plans], reads),
+            models=len(plans),
+        )
+
+
+def read_logits(model: Transformer | StackedTransformer, plan: ReadPlan) -> Float[Tensor, "reads vocab"]:
     """Logits at the read positions, in the order of `read.nonzero()`."""
-    return model.finish(_add_mlp(model.block(model.config.n_steps - 1), *_last_mid(model, plan)), {})
+    return model.finish(_last_post(model, plan), {})
+
+
+def read_cross_entropy(
+    model: Transformer, plan: ReadPlan, answers: Int[Tensor, " reads"], dtype: torch.dtype
+) -> Float[Tensor, " reads"]:
+    """Negative log-probability of each answer at its read position, by a softmax in this dtype."""
+    x = model.ln_final(_last_post(model, plan), model.final_norm, {})
+    return kernels_for(x.device).cross_entropy(x, model.W_U, model.unembed.b_U, answers, dtype)
 
 
 def read_neurons(
@@ -93,6 +162,11 @@ def read_neurons(
     assert weights.mlp is not None
     post = weights.mlp.activation(weights.mlp.read(normed))
     return model.finish(mid + weights.mlp.write(post), {}), post
+
+
+def filled_up(parts: Sequence[Int[Tensor, " _"]], size: int) -> Int[Tensor, " all"]:
+    """One after another, each with its first entry repeated at its end until it has that size."""
+    return torch.cat([torch.cat([part, part[:1].expand(size - len(part))]) for part in parts])
 
 
 def _needed(
@@ -117,13 +191,17 @@ def _seen(config: ModelConfig, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, 
     return seen if config.causal else seen[:, -1:].expand_as(seen)
 
 
+def _last_post(model: Transformer | StackedTransformer, plan: ReadPlan) -> Float[Tensor, "reads d_model"]:
+    """The residual stream at the reads, after the last step."""
+    return _add_mlp(model.block(model.config.n_steps - 1), *_last_mid(model, plan))
+
+
 def _last_mid(
-    model: Transformer, plan: ReadPlan
+    model: Transformer | StackedTransformer, plan: ReadPlan
 ) -> tuple[Float[Tensor, "reads d_model"], Float[Tensor, "reads d_model"]]:
     """The residual stream at the reads, between attention and MLP of the last step, and what the MLP reads of it."""
     rows, allowed = plan.at_first, model.allowed(plan.tokens)
-    x = functional.embedding(plan.tokens[rows.example, rows.position], model.embed.W_E)
-    x = x + functional.embedding(rows.position, model.pos_embed.W_pos)
+    x = model.embedded(plan.tokens[rows.example, rows.position], rows.position)
     for step in range(model.config.n_steps - 1):
         weights, then = model.block(step), plan.later
         attended = _attend(weights.attn, x if weights.ln1 is None else weights.ln1(x), rows, then, allowed)
@@ -135,7 +213,7 @@ def _last_mid(
 
 
 def _attend(
-    weights: Attention, x: Tensor, rows: Rows, then: Rows, allowed: Bool[Tensor, "#batch dest src"]
+    weights: Attention | StackedAttention, x: Tensor, rows: Rows, then: Rows, allowed: Bool[Tensor, "#batch dest src"]
 ) -> Float[Tensor, "row d_model"]:
     q, k, v = (_gather(weights.project(x, name), rows.index) for name in ("Q", "K", "V"))
     z = kernels_for(x.device).attention(q, k, v, allowed)
@@ -143,16 +221,22 @@ def _attend(
 
 
 def _attend_at_reads(
-    weights: Attention, x: Tensor, rows: Rows, plan: ReadPlan, allowed: Bool[Tensor, "#batch dest src"]
+    weights: Attention | StackedAttention,
+    x: Tensor,
+    rows: Rows,
+    plan: ReadPlan,
+    allowed: Bool[Tensor, "#batch dest src"],
 ) -> Float[Tensor, "reads d_model"]:
     """As `_attend`, at the reads alone."""
     k, v = weights.project(x, "K"), weights.project(x, "V")
     mask = allowed.expand(len(plan.tokens), -1, -1)[plan.example, plan.position]
     q, sources = weights.project(x[rows.query], "Q"), rows.index[plan.example]
-    if len(q) * len(k) < sources.numel():
-        # Queries that reads share, as that of a last token `=`: each against each key once, then a lookup.
-        table = torch.einsum("uhe,she->ush", q, k).flatten(0, 1)
-        scores = functional.embedding(rows.query_of[:, None] * len(x) + sources, table)
+    own_keys = len(k) // plan.models
+    if len(q) * own_keys < sources.numel():
+        # Queries that reads share, as that of a last token `=`: each against each key of its model once, then a lookup.
+        by_model = (each.unflatten(0, (plan.models, -1)) for each in (q, k))
+        table = torch.einsum("muhe,mshe->mush", *by_model).flatten(0, 2)
+        scores = functional.embedding(rows.query_of[:, None] * own_keys + sources % own_keys, table)
     else:
         scores = (_gather(q, rows.query_of[:, None]) * _gather(k, sources)).sum(-1)
     scores = (scores / k.shape[-1] ** 0.5).masked_fill(~mask[..., None], MASKED)
@@ -160,21 +244,24 @@ def _attend_at_reads(
 
 
 def _add_attention(
-    weights: Block, x: Float[Tensor, "*rows d_model"], attended: Float[Tensor, "*rows d_model"]
+    weights: Block | StackedBlock, x: Float[Tensor, "*rows d_model"], attended: Float[Tensor, "*rows d_model"]
 ) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows d_model"]]:
     """The residual stream after attention, and what the MLP reads of it."""
     if weights.ln2 is None:
         mid = x + attended
         return mid, mid
+    if isinstance(weights.ln2, StackedNorm):
+        mid = x + attended
+        return mid, weights.ln2(mid)
     return kernels_for(x.device).add_norm(x, attended, weights.ln2.w, weights.ln2.b, EPS)
 
 
 def _add_mlp(
-    weights: Block, x: Float[Tensor, "*rows d_model"], normed: Float[Tensor, "*rows d_model"]
+    weights: Block | StackedBlock, x: Float[Tensor, "*rows d_model"], normed: Float[Tensor, "*rows d_model"]
 ) -> Float[Tensor, "*rows d_model"]:
     if weights.mlp is None:
         return x
-    return x + weights.mlp.write(weights.mlp.activation(weights.mlp.read(normed)))
+    return x + weights.mlp(normed)
 
 
 def _gather(

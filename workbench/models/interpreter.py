@@ -10,7 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from workbench.models.discrete import CategoricalHead, CategoricalTable, DiscreteProgram, NumericalHead, NumericalMLP
+from workbench.models.discrete import (
+    CategoricalHead,
+    CategoricalTable,
+    DiscreteProgram,
+    NumericalFunction,
+    NumericalHead,
+)
 
 Tokens = Int64[np.ndarray, "batch pos"]
 Categorical = Int64[np.ndarray, "batch pos variable"]
@@ -33,7 +39,7 @@ def run_program(program: DiscreteProgram, tokens: Tokens) -> tuple[Categorical, 
                 numerical.append((matches * numerical[head.value][:, None, :]).sum(2))
             case CategoricalTable() as mlp:
                 categorical.append(mlp.table[tuple(categorical[read] for read in mlp.reads)])
-            case NumericalMLP() as mlp:
+            case NumericalFunction() as mlp:
                 categorical.append(mlp(np.stack([numerical[read] for read in mlp.reads], 2)))
     return np.stack(categorical, 2), np.stack(numerical, 2)
 
@@ -44,6 +50,9 @@ def program_logits(program: DiscreteProgram, tokens: Tokens) -> Float64[np.ndarr
     logits = numerical @ program.W_numerical
     for variable in range(categorical.shape[2]):
         logits = logits + program.W_categorical[variable][categorical[:, :, variable]]
+    if program.shape.pooled:
+        real = (tokens != program.pad_token)[:, :, None]
+        logits = np.broadcast_to(logits.mean(1, keepdims=True, where=real), logits.shape)
     return np.where(np.array(program.allowed), logits, -np.inf)
 
 

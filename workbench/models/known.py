@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from workbench.models.program_parts import ProgramParts
 from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.tasks.base import Batch
@@ -24,7 +25,7 @@ class KnownCircuit:
     """
 
     name: str
-    model: Transformer
+    model: Transformer | ProgramParts
     pairs: Callable[[int, int], Batch]
     """(n, seed) -> n prompts with counterfactuals of the same length; shorter prompts are padded."""
     structural: frozenset[str]
@@ -39,6 +40,10 @@ class KnownCircuit:
     """What the model computes, in one sentence."""
     vocab: tuple[str, ...] = ()
     """What each token reads as; empty where tokens are but numbers."""
+    clusters: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)
+    """Step -> clusters of its MLP's neurons that the edges tell apart; other MLPs are whole."""
+    gradients: str = ""
+    """What gradient methods see of a model that has no gradient itself; empty where they see the model."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.ablations) - set(ABLATIONS):

@@ -50,12 +50,14 @@ class Gumbel:
     torch's own `gumbel_softmax` takes no generator, and a killed run could not draw the same noise again.
     """
 
-    temperature: float
+    temperature: float | Float[Tensor, ""]
     generator: torch.Generator
+    """Where noise is drawn: on its device."""
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Softmax of the noisy logits over the temperature."""
-        uniform = torch.rand(logits.shape, generator=self.generator, dtype=logits.dtype).clamp_min(TINY)
+        uniform = torch.rand(logits.shape, generator=self.generator, device=self.generator.device, dtype=logits.dtype)
+        uniform = uniform.clamp_min(TINY)
         noise = -torch.log(-torch.log(uniform).clamp_max(-torch.finfo(logits.dtype).tiny))
         return ((logits + noise.to(logits.device)) / self.temperature).softmax(-1)
 
@@ -119,6 +121,9 @@ class ProgramLayer(nn.Module):
 class TransformerProgram(nn.Module):
     """The model; `forward` is that of the discretised one, as an `Instrumented` that can be looked into and changed."""
 
+    allowed: Bool[Tensor, " vocab"]
+    """The tokens that may be predicted."""
+
     def __init__(self, config: ProgramConfig, *, generator: torch.Generator | None) -> None:
         """Draw weights, or leave them to be loaded if there is no generator."""
         super().__init__()
@@ -133,6 +138,9 @@ class TransformerProgram(nn.Module):
         scale = 1 / math.sqrt(config.d_vocab_out)
         self.W_categorical = _normal((n_categorical, k, config.d_vocab_out), scale, generator)
         self.W_numerical = _normal((n_numerical, config.d_vocab_out), scale, generator)
+        allowed = torch.zeros(config.d_vocab_out, dtype=torch.bool)
+        allowed[list(config.outputs)] = True
+        self.register_buffer("allowed", allowed, persistent=False)
         self.provenance = Provenance(code_version=code_version(), recipe="", seed=None, parents=())
 
     @property
@@ -149,12 +157,7 @@ class TransformerProgram(nn.Module):
     def sites(self) -> tuple[Site, ...]:
         """The variables of tokens and positions, then those that each layer writes."""
         config = self.config
-        sizes = {
-            SiteKind.z: config.categorical_heads,
-            SiteKind.sums: config.numerical_heads,
-            SiteKind.codes: config.n_mlps,
-        }
-        layered = [kind for kind, size in sizes.items() if size]
+        layered = [kind for kind in (SiteKind.z, SiteKind.sums, SiteKind.codes) if config.heads_of(kind)]
         single = [Site(kind=SiteKind.token_values), Site(kind=SiteKind.position_values)]
         return (*single, *(Site(kind=kind, layer=at) for at in range(config.n_layers) for kind in layered))
 
@@ -190,7 +193,10 @@ class TransformerProgram(nn.Module):
             categorical, numerical = self._run_layer(layer, index, categorical, numerical, seen, choose, edits)
         logits = torch.einsum("btmk,mkv->btv", categorical, self.W_categorical.to(dtype))
         logits = logits + numerical @ self.W_numerical.to(dtype)
-        return logits.masked_fill(~self._allowed(logits.device), NEVER)
+        if config.pooled:
+            real = (tokens != config.pad_token)[:, :, None].to(dtype)
+            logits = ((logits * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)).expand_as(logits)
+        return logits.masked_fill(~self.allowed, NEVER)
 
     def seen(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch dest src"]:
         """Which position each may look at; padding sees and is seen by none."""
@@ -206,7 +212,9 @@ class TransformerProgram(nn.Module):
         """
         config = self.config
         return DiscreteProgram(
-            shape=ProgramShape(cardinality=config.cardinality, n_ctx=config.n_ctx, causal=config.causal),
+            shape=ProgramShape(
+                cardinality=config.cardinality, n_ctx=config.n_ctx, causal=config.causal, pooled=config.pooled
+            ),
             vocab=vocab,
             classes=vocab[: config.d_vocab_out],
             pad_token=config.pad_token,
@@ -214,7 +222,7 @@ class TransformerProgram(nn.Module):
             layers=tuple(_discrete_layer(layer) for layer in self.layers),
             W_categorical=self.W_categorical.detach().double().numpy(),
             W_numerical=self.W_numerical.detach().double().numpy(),
-            allowed=tuple(self._allowed(torch.device("cpu")).tolist()),
+            allowed=tuple(self.allowed.tolist()),
         )
 
     def _run_layer(
@@ -249,9 +257,14 @@ class TransformerProgram(nn.Module):
     ) -> Float[Tensor, "batch pos head value"]:
         """What each categorical head takes from the nearest match, or from position 0 where nothing matches."""
         match = heads.matches(variables, _in(variables.dtype, choose))
-        total = (match * seen[:, None]).sum(-1)
+        matched = match * seen[:, None]
+        if self.config.fallback == "max":
+            missing = (1 - matched.amax(-1)).relu()
+        else:
+            total = matched.sum(-1)
+            missing = (1 - total / (total + 1e-10)).relu()
         default = torch.zeros_like(match)
-        default[..., 0] = (1 - total / (total + 1e-10)).relu()
+        default[..., 0] = missing
         logits = torch.log(match + default + TINY) + self._nearness(match)
         logits = logits.masked_fill(~seen[:, None], NEVER)
         pattern = choose(logits / math.sqrt(self.config.cardinality))
@@ -265,11 +278,6 @@ class TransformerProgram(nn.Module):
         ahead = place[None, :] - place[:, None]
         bias = torch.where(ahead > 0, -(ahead - 1) / max(1, n - 2), -(-ahead - 1) / max(1, n - 1))
         return torch.where(ahead == 0, SELF, bias)
-
-    def _allowed(self, device: torch.device) -> Bool[Tensor, " vocab"]:
-        allowed = torch.zeros(self.config.d_vocab_out, dtype=torch.bool, device=device)
-        allowed[list(self.config.outputs)] = True
-        return allowed
 
 
 def variable_site(config: ProgramConfig, place: int) -> Site:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
+from workbench.instrument.sites import SiteKind
 from workbench.runtime import WorkbenchError
 
 
@@ -36,6 +38,12 @@ class ProgramConfig:
     """Whether a token's variables are codes that are learned (section 3.4); otherwise the one is its own number, and
     words numbered `cardinality` or more are words of answers alone."""
     causal: bool = False
+    fallback: Literal["sum", "max"] = "sum"
+    """How much of a copying head's look falls back on position 0 while choices are relaxed: `sum`, as the authors' code
+    has it, only where matches add up to 1e-10 or less, so hardly before the temperature is at its end; `max`, as the
+    paper has it, what the best match lacks of 1. Afterwards both are 1 where nothing matches and 0 elsewhere."""
+    pooled: bool = False
+    """Whether a prompt has one answer, by the mean of the votes at all its positions; it stands at each of them."""
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "cardinality", "n_ctx", "d_vocab", "d_vocab_out", "d_mlp", "columns"):
@@ -44,7 +52,7 @@ class ProgramConfig:
         for name in ("categorical_heads", "numerical_heads", "categorical_mlps", "numerical_mlps"):
             if getattr(self, name) < 0:
                 raise WorkbenchError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if self.n_heads == 0:
+        if self.written + self.numerical_heads == 0:
             raise WorkbenchError("A program whose layers write no variable computes nothing. Give it heads or MLPs.")
         if self.n_ctx > self.cardinality:
             raise WorkbenchError(
@@ -63,10 +71,15 @@ class ProgramConfig:
         """Layers that are executed."""
         return self.n_layers
 
-    @property
-    def n_heads(self) -> int:
-        """Most parts that one site of a layer has: categorical heads, numerical heads, or MLPs of both kinds."""
-        return max(self.categorical_heads, self.numerical_heads, self.n_mlps)
+    def heads_of(self, kind: SiteKind) -> int:
+        """Variables that a site of this kind holds."""
+        return {
+            SiteKind.token_values: self.columns,
+            SiteKind.position_values: 1,
+            SiteKind.z: self.categorical_heads,
+            SiteKind.sums: self.numerical_heads,
+            SiteKind.codes: self.n_mlps,
+        }[kind]
 
     @property
     def n_mlps(self) -> int:

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from workbench.instrument.sites import Edit, Site, Slot, model_sites
-from workbench.models.config import ACTIVATIONS, ModelConfig
+from workbench.kernels.dispatch import kernels_for
+from workbench.kernels.reference import ACTIVATIONS
+from workbench.models.config import ModelConfig
 from workbench.runtime import code_version
 from workbench.store import Provenance
 
@@ -82,13 +84,12 @@ class Attention(nn.Module):
         """Queries, keys or values of each head."""
         weight, bias = getattr(self, f"W_{name}"), getattr(self, f"b_{name}")
         heads, d_model, d_head = weight.shape
-        projected = (x @ weight.transpose(0, 1).reshape(d_model, heads * d_head)).unflatten(-1, (heads, d_head))
-        return projected if bias is None else projected + bias
+        matrix = weight.transpose(0, 1).reshape(d_model, heads * d_head)
+        return _affine(x, matrix, None if bias is None else bias.flatten()).unflatten(-1, (heads, d_head))
 
     def merge(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows d_model"]:
         """The heads' outputs, added up in the residual stream's basis."""
-        merged = z.flatten(-2) @ self.W_O.flatten(0, 1)
-        return merged if self.b_O is None else merged + self.b_O
+        return _affine(z.flatten(-2), self.W_O.flatten(0, 1), self.b_O)
 
 
 class MLP(nn.Module):
@@ -101,15 +102,20 @@ class MLP(nn.Module):
         self.b_in = _bias(bias, config.d_mlp)
         self.W_out = nn.Parameter(torch.empty(config.d_mlp, config.d_model))
         self.b_out = _bias(bias, config.d_model)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation_name, self.activation = config.activation, ACTIVATIONS[config.activation]
 
     def read(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_mlp"]:
         """Neurons before their nonlinearity."""
-        return x @ self.W_in if self.b_in is None else x @ self.W_in + self.b_in
+        return _affine(x, self.W_in, self.b_in)
 
     def write(self, post: Float[Tensor, "*rows d_mlp"]) -> Float[Tensor, "*rows d_model"]:
         """What active neurons add to the residual stream."""
-        return post @ self.W_out if self.b_out is None else post @ self.W_out + self.b_out
+        return _affine(post, self.W_out, self.b_out)
+
+    def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """What it adds to the residual stream, without its neurons being seen."""
+        kernels = kernels_for(x.device)
+        return kernels.mlp(x, self.W_in, self.b_in, self.W_out, self.b_out, self.activation_name)
 
 
 class Block(nn.Module):
@@ -373,8 +379,11 @@ class Transformer(nn.Module):
 
     def finish(self, x: Float[Tensor, "*rows d_model"], edits: Mapping[Site, Edit]) -> Float[Tensor, "*rows vocab"]:
         """Logits of the rows given."""
-        logits = self.ln_final(x, self.final_norm, self._by_place(edits, None)) @ self.W_U
-        return logits if self.unembed.b_U is None else logits + self.unembed.b_U
+        return _affine(self.ln_final(x, self.final_norm, self._by_place(edits, None)), self.W_U, self.unembed.b_U)
+
+    def embedded(self, tokens: Int[Tensor, " row"], position: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
+        """The residual stream before the first step, row by row."""
+        return functional.embedding(tokens, self.embed.W_E) + functional.embedding(position, self.pos_embed.W_pos)
 
     def write_inputs(
         self, tokens: Int[Tensor, "batch pos"]
@@ -425,6 +434,17 @@ class Transformer(nn.Module):
         along = (scaled * read).sum(-1) / (d_model * len(x))
         return direct - direct.mean(-1, keepdim=True) - along.movedim(0, -1) @ normalized.movedim(0, -2)
 
+    def patterns(
+        self,
+        step: int,
+        heads: slice,
+        scores: Float[Tensor, "*rows head dest src"],
+        allowed: Bool[Tensor, "*#rows #head dest src"],
+        dest: Int[Tensor, " dest"],
+    ) -> Float[Tensor, "*rows head dest src"]:
+        """Softmax of the scores, the same at every step, for every head and position."""
+        return scores.masked_fill(~allowed, MASKED).softmax(-1)
+
     def write_heads(
         self, step: int, heads: slice, z: Float[Tensor, "*rows head d_head"]
     ) -> Float[Tensor, "*rows head d_model"]:
@@ -443,7 +463,7 @@ class Transformer(nn.Module):
         assert block.mlp is not None
         x = x if block.ln2 is None else block.ln2(x)
         if neurons is None:
-            return block.mlp.write(block.mlp.activation(block.mlp.read(x)))
+            return block.mlp(x)
         pre = x @ block.mlp.W_in[:, neurons]
         pre = pre if block.mlp.b_in is None else pre + block.mlp.b_in[neurons]
         return block.mlp.activation(pre) @ block.mlp.W_out[neurons]
@@ -455,23 +475,32 @@ class Transformer(nn.Module):
         return self.embed.W_E.new_zeros(self.config.d_model) if bias is None else bias
 
     def allowed(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "#batch dest src"]:
-        """Which position may attend to which: not to later ones if causal, to padding only from itself."""
-        n = tokens.shape[1]
-        allowed = torch.ones(1, n, n, dtype=torch.bool, device=tokens.device)
-        if self.config.causal:
-            allowed = allowed.tril()
-        if self.config.pad_token is not None:
-            itself = torch.eye(n, dtype=torch.bool, device=tokens.device)
-            allowed = allowed & ((tokens != self.config.pad_token)[:, None] | itself)
-        return allowed
+        """Which position may attend to which."""
+        return allowed(self.config, tokens)
 
     def _by_place(self, edits: Mapping[Site, Edit], layer: int | None) -> Edits:
         return {self.get_submodule(site.place): edit for site, edit in edits.items() if site.layer == layer}
 
 
+def allowed(config: ModelConfig, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "#batch dest src"]:
+    """Which position may attend to which: not to later ones if causal, to padding only from itself."""
+    n = tokens.shape[1]
+    found = torch.ones(1, n, n, dtype=torch.bool, device=tokens.device)
+    if config.causal:
+        found = found.tril()
+    if config.pad_token is not None:
+        itself = torch.eye(n, dtype=torch.bool, device=tokens.device)
+        found = found & ((tokens != config.pad_token)[:, None] | itself)
+    return found
+
+
 def _each_head(x: Float[Tensor, "*rows head d_in"], weight: Float[Tensor, "head d_in d_out"]) -> Tensor:
     """Each head's rows through its own matrix, the heads as a batch of products."""
     return (x.movedim(-2, 0).flatten(1, -2) @ weight).movedim(0, 1).unflatten(0, x.shape[:-2])
+
+
+def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return kernels_for(x.device).affine(x, matrix, bias)
 
 
 def _bias(present: bool, *shape: int) -> nn.Parameter | None:
