@@ -83,6 +83,15 @@ def test_strict_lookaheads_are_uniform(most):
     assert np.abs(counts / 20_000 - 1 / len(counts)).max() < 0.012
 
 
+@pytest.mark.parametrize("draws", [1, 2, 3])
+def test_the_largest_of_several_draws_favours_large_lookaheads(draws):
+    task = replace(TASK, level_draws=draws)
+    counts = np.bincount(task.graphs(task.stream(20_000, seed=1)).lookahead(), minlength=4)
+    below = (np.arange(5) / 4) ** draws
+    np.testing.assert_allclose(counts / 20_000, np.diff(below), atol=0.012)
+    assert torch.equal(task.examples("test_2").tokens, TASK.examples("test_2").tokens)
+
+
 def test_legacy_lookaheads_drift():
     task = replace(TASK, mode="legacy", lookahead=2)
     counts = np.bincount(task.graphs(task.stream(20_000, seed=1)).lookahead())
@@ -250,6 +259,7 @@ def test_bad_graphs_are_refused(text):
         ({"lookahead": 4}, r"Lookahead 4 does not fit prompts of size 26: .* Choose 0 to 3, or a size of 32"),
         ({"lookahead": -1}, r"Choose 0 to 3"),
         ({"test_size": 0}, r"test_size must be at least 1, got 0"),
+        ({"level_draws": 0}, r"level_draws must be at least 1, got 0"),
         ({"distribution": "normal"}, r"Unknown distribution 'normal'"),
         ({"mode": "lax"}, r"Unknown mode 'lax'"),
     ],

@@ -155,7 +155,7 @@ def test_bad_prompts(operation, text, message):
         ({"train_fraction": 1.0}, "both excluded, got 1.0"),
         ({"p": 3, "train_fraction": 0.01}, "leaves a split empty"),
         ({"operation": "div", "p": 12}, "needs a prime modulus, got p=12"),
-        ({"operation": "pow"}, "operation=pow is not of the kind"),
+        ({"operation": "pow"}, "operation=pow is none of"),
     ],
 )
 def test_worlds_that_cannot_be_are_refused_on_the_command_line(fields, message):

@@ -25,10 +25,13 @@ KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 class Shape:
     """What a model without any transformer inside must say of itself."""
 
-    n_steps, n_heads, d_mlp, n_ctx, causal = 2, 1, 1, 3, True
+    n_steps, d_mlp, n_ctx, causal = 2, 1, 3, True
 
     def __init__(self, d_vocab):
         self.d_vocab = d_vocab
+
+    def heads_of(self, kind):
+        return 1
 
 
 class Hops(nn.Module):

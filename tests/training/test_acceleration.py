@@ -15,6 +15,7 @@ from workbench.store import load_tensors, new_run
 from workbench.training import loop
 from workbench.training.acceleration import LOSSES, amplify_slow, cross_entropy, orthogonal_to, stablemax
 from workbench.training.loop import Interrupted, train
+from workbench.training.optimisers import AdamW
 from workbench.training.recipe import Recipe, TrainConfig
 from workbench.training.recipes import RECIPES, find_recipe
 
@@ -135,14 +136,14 @@ def test_without_acceleration_training_is_plain_adamw_on_cross_entropy(tmp_path)
 @pytest.mark.parametrize("grokfast", [(), ("grokfast=[0.5,4]",)])
 def test_a_step_is_orthogonal_to_the_weights_with_grokfast_too(tmp_path, monkeypatch, grokfast):
     seen = []
-    step = torch.optim.AdamW.step
+    step = AdamW.step
 
     def look(optimiser, *given):
         parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         seen.append([functional.cosine_similarity(p.flatten(), p.grad.flatten(), dim=0).item() for p in parameters])
         return step(optimiser, *given)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    monkeypatch.setattr(AdamW, "step", look)
     trained(tmp_path, "plain", "steps=3")
     assert max(abs(cosine) for cosine in seen[-1]) > 1e-3
     seen.clear()
@@ -161,9 +162,21 @@ def test_the_state_holds_the_running_mean_of_the_gradients_of_the_chosen_loss(tm
         assert torch.allclose(tensors[f"slow.{name}"], parameter.grad, atol=1e-6), name
 
 
+def test_grokfast_within_the_update_is_grokfast_before_it(tmp_path):
+    # A bound that is never reached puts clipping in between.
+    filtered = ("grokfast=[0.9,2]", "decay=matrices", "normalization=LN")
+    assert same(trained(tmp_path, "within", *filtered), trained(tmp_path, "before", *filtered, "clip_norm=1e30"))
+    within, before = (
+        load_tensors(tmp_path / name / "state" / "step_00000020.safetensors")[0] for name in ("within", "before")
+    )
+    assert sum(key.startswith("slow.") for key in before) == sum(key.endswith(".slow") for key in within) > 0
+    assert not any(key.startswith("slow.") for key in within)
+
+
 @pytest.mark.parametrize("settings", [(), ("batch_size=32", "decay=matrices", "normalization=LN", "dropout=0.1")])
-def test_an_accelerated_run_resumes_bit_identical(tmp_path, settings):
-    accelerated = ("grokfast=[0.9,2]", "loss=stablemax", "orthogonal_gradient=true")
+@pytest.mark.parametrize("orthogonal", ["true", "false"])
+def test_an_accelerated_run_resumes_bit_identical(tmp_path, settings, orthogonal):
+    accelerated = ("grokfast=[0.9,2]", "loss=stablemax", f"orthogonal_gradient={orthogonal}")
     recipe = tiny("steps=80", "evaluate_every=10", *settings, *accelerated)
     unbroken = train(recipe, new_run("whole", tmp_path))
     folder = new_run("broken", tmp_path)
@@ -211,7 +224,7 @@ def test_a_recipe_written_before_there_was_acceleration_is_read():
         ("grokfast=[NaN,2]", r"alpha in \[0, 1\) .* got \(nan, 2.0\)"),
         ("grokfast=[0.9]", r"grokfast=\[0.9\] is not of the kind tuple\[float, float\]"),
         ("grokfast=[true,2]", r"grokfast=\[true,2\] is not of the kind"),
-        ("loss=hinge", "loss=hinge is not of the kind Literal"),
+        ("loss=hinge", "loss=hinge is none of cross_entropy, stablemax"),
         ("orthogonal_gradient=1", "orthogonal_gradient=1 is not of the kind bool"),
     ],
 )

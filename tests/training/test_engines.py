@@ -12,7 +12,7 @@ import pytest
 
 from workbench.runtime import WorkbenchError
 from workbench.training.checkpoints import METRICS
-from workbench.training.engines import train_in_processes
+from workbench.training.engines import train_members
 from workbench.training.loop import Interrupted
 from workbench.training.recipes import find_recipe
 from workbench.training.sweeps import Member, members_to_train, plan_sweep
@@ -66,7 +66,7 @@ def contents(folder: Path) -> Mapping[str, tuple[int, bytes]]:
 def in_turn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two settings times two seeds, one after another; nobody writes to it."""
     runs = tmp_path_factory.mktemp("in_turn")
-    assert train_in_processes(plan(), runs=runs) == {}
+    assert train_members(plan(), runs=runs) == {}
     return runs
 
 
@@ -74,7 +74,7 @@ def workers() -> list[psutil.Process]:
     """The processes that train for this one, which other tests may have given servers and browsers too."""
     children = psutil.Process().children()
     alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in alive if "workbench.training.engines" in child.cmdline()]
+    return [child for child in alive if "workbench.training.workers" in child.cmdline()]
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_every_run_is_trained_to_its_end(in_turn: Path) -> None:
 
 def test_two_workers_leave_the_logs_of_one(in_turn: Path, tmp_path: Path) -> None:
     told: list[tuple[float, str]] = []
-    train_in_processes(plan(), runs=tmp_path, workers=2, on_progress=lambda *each: told.append(each))
+    train_members(plan(), runs=tmp_path, workers=2, on_progress=lambda *each: told.append(each))
     assert logs(plan(), tmp_path) == logs(plan(), in_turn)
     shares = [share for share, _ in told]
     assert shares == sorted(shares)
@@ -133,7 +133,7 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     members = plan("steps=2000", "evaluate_every=100", seeds=[0])
     first, second = members
     with pytest.raises(Interrupted, match="What was trained is saved; the same command goes on"):
-        train_in_processes(members, runs=tmp_path, on_progress=stop_when(members, tmp_path, 100, ctrl_c))
+        train_members(members, runs=tmp_path, on_progress=stop_when(members, tmp_path, 100, ctrl_c))
     assert members_to_train(members, tmp_path) == (second,)
     untouched = contents(tmp_path / first.name)
     broken = (tmp_path / second.name / METRICS).read_bytes()
@@ -142,12 +142,12 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     # And the worker that goes on with it is killed once, and tried again.
     killed: list[int] = []
     killing = stop_when(members, tmp_path, step, lambda: killed.extend(kill_workers()))
-    assert train_in_processes(members_to_train(members, tmp_path), runs=tmp_path, on_progress=killing) == {}
+    assert train_members(members_to_train(members, tmp_path), runs=tmp_path, on_progress=killing) == {}
     assert len(killed) == 1
     assert contents(tmp_path / first.name) == untouched
     # The seconds are those of the first try: nothing up to the state was trained twice.
     assert (tmp_path / second.name / METRICS).read_bytes().startswith(broken)
-    train_in_processes([second], runs=tmp_path / "unbroken")
+    train_members([second], runs=tmp_path / "unbroken")
     assert logs([second], tmp_path) == logs([second], tmp_path / "unbroken")
     checkpoints = [second.run(runs).checkpoint().path.read_bytes() for runs in (tmp_path, tmp_path / "unbroken")]
     assert checkpoints[0] == checkpoints[1]
@@ -157,7 +157,7 @@ def test_runs_that_fail_again_and_again_take_no_other_with_them(tmp_path: Path) 
     (tmp_path / "faulty.py").write_text(FAULTY)
     recipe = find_recipe(f"{tmp_path}/faulty.py:faulty").override([*TINY, "steps=20"])
     members = plan_sweep(recipe, seeds=[0], alternatives={"p": ["13", "17", "19", "11"]}, name="t")
-    assert train_in_processes(members, runs=tmp_path / "runs", workers=2) == {
+    assert train_members(members, runs=tmp_path / "runs", workers=2) == {
         "t-p-13-s0": "RuntimeError: no test today",
         "t-p-17-s0": "bad, bad world",
         "t-p-19-s0": "killed by SIGKILL",
@@ -169,12 +169,12 @@ def test_runs_that_fail_again_and_again_take_no_other_with_them(tmp_path: Path) 
 
 def test_what_died_before_its_first_state_begins_anew(tmp_path: Path) -> None:
     [member] = plan(seeds=[0], decays=["1"])
-    train_in_processes([member], runs=tmp_path)
+    train_members([member], runs=tmp_path)
     whole = logs([member], tmp_path)
     folder = tmp_path / member.name
     for path in [*(folder / "state").iterdir(), folder / "status.json"]:
         path.unlink()
-    assert train_in_processes(members_to_train([member], tmp_path), runs=tmp_path) == {}
+    assert train_members(members_to_train([member], tmp_path), runs=tmp_path) == {}
     assert logs([member], tmp_path) == whole
 
 
@@ -184,7 +184,7 @@ def test_workers_leave_when_nobody_is_there_to_tell_them(tmp_path: Path) -> None
     parent = os.fork()
     if not parent:
         with contextlib.suppress(BaseException):
-            train_in_processes([member], runs=tmp_path)
+            train_members([member], runs=tmp_path)
         os._exit(0)
     try:
         wait_until(lambda: len(member.run(tmp_path).log.rows) > 3)
@@ -206,6 +206,6 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
 
 @pytest.mark.parametrize("workers", [0, -1])
 def test_without_workers_nothing_is_trained(tmp_path: Path, workers: int) -> None:
-    with pytest.raises(WorkbenchError, match=f"A sweep needs at least one worker, got {workers}"):
-        train_in_processes(plan(), runs=tmp_path, workers=workers)
+    with pytest.raises(WorkbenchError, match=f"There must be at least one worker, got {workers}"):
+        train_members(plan(), runs=tmp_path, workers=workers)
     assert not list(tmp_path.iterdir())

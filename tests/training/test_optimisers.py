@@ -12,7 +12,7 @@ from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError, generator
 from workbench.store import new_run
 from workbench.training.loop import Interrupted, train
-from workbench.training.optimisers import Muon, Signum, optimisers_of, orthogonalise
+from workbench.training.optimisers import AdamW, Muon, Signum, optimisers_of, orthogonalise
 from workbench.training.recipe import Recipe, TrainConfig
 from workbench.training.recipes import RECIPES, find_recipe
 
@@ -110,7 +110,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_every_other_parameter(decay):
         {names[parameter] for group in optimiser.param_groups for parameter in group["params"]}
         for optimiser in (muon, adamw)
     )
-    assert (type(muon), type(adamw)) == (Muon, torch.optim.AdamW)
+    assert (type(muon), type(adamw)) == (Muon, AdamW)
     assert taken == {
         *(f"weights.0.attn.W_{letter}" for letter in "QKVO"),
         "weights.0.mlp.W_in",
@@ -149,7 +149,12 @@ def test_every_optimiser_resumes_bit_identical(tmp_path, name):
 
 
 def test_faithful_recipes_keep_adamw_and_the_choice_survives_json():
-    assert {find_recipe(name).train.optimiser for name in RECIPES} == {"adamw"}
+    optimisers = {name: find_recipe(name).train.optimiser for name in RECIPES}
+    # Not the paper's recipes of search, which are at its scale (`search-paper`) or as it trains (`search-at-once`).
+    assert {name: each for name, each in optimisers.items() if each != "adamw"} == {
+        "search": "muon",
+        "search-learned": "muon",
+    }
     recipe = tiny("optimiser=muon")
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
     content = tiny().to_json()
@@ -158,9 +163,24 @@ def test_faithful_recipes_keep_adamw_and_the_choice_survives_json():
 
 
 def test_an_unknown_optimiser_is_refused(monkeypatch):
-    with pytest.raises(WorkbenchError, match="optimiser=sophia is not of the kind Literal"):
+    with pytest.raises(WorkbenchError, match="optimiser=sophia is none of adamw, muon, signum, sgd"):
         tiny("optimiser=sophia")
     # The tests' type checker would be first; users run without it.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(WorkbenchError, match="Unknown optimiser 'sophia'. Known: adamw, muon, signum"):
         TrainConfig(steps=1, optimiser="sophia")
+
+
+def test_a_state_without_the_filters_mean_is_refused():
+    """As an earlier version saved it, which kept the mean elsewhere."""
+    parameter = nn.Parameter(torch.ones(2))
+    made = {filtered: AdamW([parameter], lr=0.1, betas=(0.9, 0.99), weight_decay=0.0, grokfast=filtered and (0.9, 2.0))
+            for filtered in (None, True)}  # fmt: skip
+    parameter.grad = torch.ones(2)
+    made[None].step()
+    with pytest.raises(WorkbenchError, match="holds no running mean of Grokfast's"):
+        made[True].load_state_dict(made[None].state_dict())
+    made[True].step()
+    again = AdamW([parameter], lr=0.1, betas=(0.9, 0.99), weight_decay=0.0, grokfast=(0.9, 2.0))
+    again.load_state_dict(made[True].state_dict())
+    assert torch.equal(again.state[parameter]["slow"], made[True].state[parameter]["slow"])

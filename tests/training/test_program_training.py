@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from words_fixtures import tiny_corpus
 
+from apps.programs import by_answer
 from workbench.models.interpreter import program_logits
 from workbench.models.kinds import build
 from workbench.models.program import Gumbel
 from workbench.runtime import WorkbenchError, generator
 from workbench.store import new_run
 from workbench.training.answer_loss import Dataset
-from workbench.training.checkpoints import load
+from workbench.training.checkpoints import Run, load, thin
 from workbench.training.loop import Interrupted, Trainer, train
 from workbench.training.recipes import find_recipe
 
@@ -67,7 +69,8 @@ def test_every_step_draws_noise_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "setting", ["temperature=[3.0,3.0]", "average=answers", "batch_seed=1", "coded=true", "optimiser=muon"]
+    "setting",
+    ["temperature=[3.0,3.0]", "average=answers", "batch_seed=1", "fallback=max", "coded=true", "optimiser=muon"],
 )
 def test_every_option_changes_the_weights(tmp_path, setting):
     plain, changed = (
@@ -93,7 +96,7 @@ def test_what_is_logged_is_the_program(tmp_path):
     batch = task.examples("test")
     found = torch.from_numpy(program_logits(program, batch.tokens.numpy()).argmax(-1))
     share = (found == batch.targets)[batch.read].double().mean()
-    assert run.log.rows[-1]["test_accuracy"] == pytest.approx(float(share), abs=1e-12)
+    assert run.last["test_accuracy"] == pytest.approx(float(share), abs=1e-12)
     assert load("a", runs=tmp_path).recipe == run.recipe
 
 
@@ -142,6 +145,39 @@ def test_the_transformer_follows_the_task():
     assert (recipe.model.d_vocab, recipe.model.d_vocab_out, recipe.model.pad_token) == (8, 8, 5)
 
 
+def test_the_best_program_is_what_a_run_ends_with(tmp_path):
+    # At this rate the program changes at every step: the last is hardly ever the best.
+    settings = ["keep=best", "learning_rate=0.5", "evaluate_every=3"]
+    run = train(tiny(*settings), new_run("best", tmp_path))
+    rows = run.log.rows
+    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    assert best["step"] < rows[-1]["step"]
+    assert run.checkpoint().step == run.last["step"] == best["step"]
+    assert "best" in run.checkpoint().reasons
+    batch = run.task.examples("val")
+    right = (run.program().forward(batch.tokens).argmax(2) == batch.targets)[batch.read]
+    assert float(right.double().mean()) == pytest.approx(best["val_accuracy"])
+    assert run.checkpoint() in thin(run, 2)
+    assert run.checkpoint(rows[-1]["step"]).step == rows[-1]["step"]
+    last = train(tiny(*settings, "keep=last"), new_run("last", tmp_path))
+    assert last.checkpoint().step == last.last["step"] == rows[-1]["step"]
+
+
+def test_a_run_that_is_not_evaluated_yet_has_the_weights_that_it_began_with(tmp_path):
+    folder = new_run("begun", tmp_path)
+    recipe = tiny("keep=best")
+    Trainer(recipe, folder, Accelerator(cpu=True)).start()
+    (folder.path / "metrics.jsonl").unlink()
+    begun = Run(folder=folder, recipe=recipe)
+    assert begun.checkpoint().step == 0
+    assert begun.last == {}
+
+
+def test_the_best_is_refused_where_nothing_is_held_out_for_choosing_it():
+    with pytest.raises(WorkbenchError, match="measures no split `val`"):
+        find_recipe("modular").override(["keep=best"])
+
+
 def test_models_of_another_kind_are_refused(tmp_path):
     run = train(tiny("steps=1"), new_run("a", tmp_path))
     with pytest.raises(WorkbenchError, match="learns a Transformer Program, and this is for transformers"):
@@ -156,6 +192,8 @@ def test_models_of_another_kind_are_refused(tmp_path):
         ("temperature=null", "need one such as"),
         ("temperature=[0.0,1.0]", "two numbers above 0"),
         ("dropout=0.1", "has no dropout"),
+        ("keep=first", "keep"),
+        ("fallback=min", "fallback"),
         ("model.n_ctx=9", "need a cardinality of at least 9"),
     ],
 )
@@ -167,3 +205,28 @@ def test_bad_settings_are_one_clear_error(setting, message):
 def test_the_answers_follow_the_task():
     recipe = tiny("letters=5")
     assert (recipe.model.outputs, recipe.model.d_vocab) == (recipe.task.outputs, len(recipe.task.vocab))
+
+
+def test_text_is_learnt_by_coded_words(tmp_path, monkeypatch):
+    tiny_corpus(monkeypatch)
+    small = ["text=tiny", "words=8", "task.n_ctx=8", "model.n_ctx=8", "cardinality=8", "columns=2", "d_mlp=8"]
+    recipe = find_recipe("program-text").override([*small, "steps=60", "batch_size=64", "evaluate_every=20"])
+    assert (recipe.model.pooled, recipe.model.outputs, recipe.model.d_vocab_out) == (True, (0, 1), 2)
+    run = train(recipe, new_run("text", tmp_path))
+    assert load("text", runs=tmp_path).recipe == recipe
+    scores = by_answer(run)
+    assert scores["token_accuracy"] == scores["sequence_accuracy"] > 0.9
+    assert scores["logistic_token_accuracy"] == 1
+    assert "names_f1" not in scores
+
+
+def test_names_are_learnt_from_the_word_before(tmp_path, monkeypatch):
+    tiny_corpus(monkeypatch, each=True)
+    small = ["text=tiny", "words=8", "task.n_ctx=8", "model.n_ctx=8", "cardinality=8", "columns=2", "d_mlp=8"]
+    recipe = find_recipe("program-ner").override([*small, "steps=3", "batch_size=64", "evaluate_every=20"])
+    assert (recipe.model.pooled, recipe.model.outputs) == (False, (0, 1))
+    scores = by_answer(train(recipe, new_run("names", tmp_path)))
+    assert scores["logistic_names_f1"] == 1
+    assert scores["majority_names_f1"] == 0
+    assert scores["majority_names_precision"] is None
+    assert 0 <= scores["names_f1"] <= 1

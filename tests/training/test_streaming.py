@@ -7,7 +7,7 @@ import torch
 
 from workbench.runtime import WorkbenchError
 from workbench.store import new_run
-from workbench.training import streaming
+from workbench.training import loop, streaming
 from workbench.training.loop import Interrupted, train
 from workbench.training.recipe import TrainConfig
 from workbench.training.recipes import find_recipe
@@ -109,3 +109,10 @@ def test_padding_follows_the_task():
     recipe = find_recipe("search-smoke")
     longer = replace(recipe.model, n_ctx=29, d_model=80)
     assert replace(recipe, model=longer).override(["size=29"]).model.pad_token == 12
+
+
+def test_parts_of_a_split_are_measured_as_the_whole(tmp_path, monkeypatch):
+    whole = train(tiny("steps=1"), new_run("whole", tmp_path)).log.rows[-1]
+    monkeypatch.setattr(loop, "EVALUATION_TOKENS", 7 * 26)
+    parts = train(tiny("steps=1"), new_run("parts", tmp_path)).log.rows[-1]
+    assert {**parts, "seconds": 0} == pytest.approx({**whole, "seconds": 0}, rel=1e-6)

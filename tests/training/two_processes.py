@@ -5,6 +5,7 @@ Started by torch.distributed.run (or alone) with: folder, settings. Only the mai
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def main() -> None:
     # One process that leaves while the other still works can take it down on its way out.
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    # The group's threads end with the last that holds it; one that meets the interpreter's end would abort the process.
+    del trainer, accelerator
+    gc.collect()
 
 
 if __name__ == "__main__":

@@ -237,6 +237,31 @@ class Streamed(Protocol):
         ...
 
 
+@runtime_checkable
+class Voted(Protocol):
+    """A task whose answers a Transformer Program votes on."""
+
+    @property
+    def d_vocab_out(self) -> int:
+        """Words that votes are counted for, the first ones of the vocabulary."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Those of them that may be an answer."""
+        ...
+
+    @property
+    def causal(self) -> bool:
+        """Whether an answer depends on what stands before it alone."""
+        ...
+
+    @property
+    def pooled(self) -> bool:
+        """Whether all positions together give one answer."""
+        ...
+
+
 def check_choice(kind: str, name: str, known: Sequence[str]) -> None:
     """Raise a WorkbenchError unless `name` is one of `known`."""
     if name not in known:

@@ -62,6 +62,9 @@ class GraphTask(ABC):
     """Examples of each test split."""
     seed: int = 0
     """Seed of the tests and of what is held out for them."""
+    level_draws: int = 1
+    """Levels drawn for each training example, which has the largest of them: one draw makes all equally likely, more
+    draws make the hard ones likelier."""
 
     @property
     @abstractmethod
@@ -121,7 +124,8 @@ class GraphTask(ABC):
         """`n` fresh training examples, none of a graph that is held out, and none harder than the level, if given."""
         hardest = self.hardest if level is None else min(self.hardest, level)
         rng = numpy_generator(seed, "stream")
-        return self._draw(rng, rng.integers(self.levels[0], hardest + 1, n), "train")
+        drawn = rng.integers(self.levels[0], hardest + 1, (self.level_draws, n))
+        return self._draw(rng, drawn.max(0), "train")
 
     def examples(self, split: str) -> Batch:
         """The examples of a test split, or as many of training's distribution: a sample, as training never repeats."""
@@ -225,8 +229,9 @@ class GraphTask(ABC):
                 f"Size {self.size} with {self.spare} spare names makes {self.layout.n_names} vertex names; "
                 f"0 or more spare ones and fewer than {MOST_VERTICES} in all are wanted. Shorten the prompts."
             )
-        if self.test_size < 1:
-            raise WorkbenchError(f"test_size must be at least 1, got {self.test_size}.")
+        for name in ("test_size", "level_draws"):
+            if getattr(self, name) < 1:
+                raise WorkbenchError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def _draw(self, rng: np.random.Generator, levels: Int64[np.ndarray, " batch"], kind: str) -> Batch:
         """A prompt for each level: candidates are drawn until all that is wrong has been rejected."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 
 from workbench.runtime import WorkbenchError, derive_seed
@@ -73,6 +72,8 @@ def split_by_group(batch: Batch, latent: str, *, groups: Int[Tensor, " batch"] |
             f"Latent {latent!r} cannot be split by group: {int(single.sum())} of its {len(values)} values ({listed}) "
             f"are in one group only, and lack examples in training or in the test. {mend}"
         )
+    from sklearn.model_selection import GroupShuffleSplit
+
     state = derive_seed(seed, "probe split", latent) % 2**32
     splits = GroupShuffleSplit(n_splits=TRIES, test_size=TEST_GROUPS, random_state=state)
     for train, test in splits.split(np.zeros(len(labels)), groups=group.numpy()):

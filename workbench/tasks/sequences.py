@@ -35,6 +35,7 @@ class Sequences:
     contrasts = ("letter",)
     memorised_accuracy = 0.99
     solved_accuracy = 0.99
+    pooled = False
 
     function: str = "hist"
     """reverse, sort, hist, double_hist, most_freq, dyck or induction."""
@@ -80,6 +81,11 @@ class Sequences:
     def vocab(self) -> Sequence[str]:
         """The words of prompts, then those that only answers have."""
         return tuple(dict.fromkeys([*self.inputs, *self._definition.outputs(self.letters, self.longest)]))
+
+    @property
+    def d_vocab_out(self) -> int:
+        """Words that votes are counted for: all."""
+        return len(self.vocab)
 
     @property
     def outputs(self) -> tuple[int, ...]:

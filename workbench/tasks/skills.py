@@ -113,6 +113,11 @@ class Skills:
         rows = slice(first, first + (self.size if split == "train" else HELD_OUT))
         return self._batch(words[rows], asked[rows], meant[rows])
 
+    def plain(self, split: str) -> Batch:
+        """The plain questions of a split, whose answer is fixed in the mixture too."""
+        batch = self.examples(split)
+        return batch.select(batch.tokens[:, -1] < len(ANSWERS) + len(SKILLS))
+
     def sample(self, n: int, *, split: str = "test", seed: int | torch.Generator = 0) -> Batch:
         """`n` prompts of a split without repeats, each with one word changed."""
         return sample_pairs(

@@ -47,7 +47,7 @@ def amplify_slow(
 
     The mean becomes decay * mean + (1 - decay) * gradient; None, at the first step, stands for the gradient itself.
     """
-    mean = gradient.clone() if mean is None else decay * mean + (1 - decay) * gradient
+    mean = gradient.clone() if mean is None else mean.lerp(gradient, 1 - decay)
     return gradient + factor * mean, mean
 
 

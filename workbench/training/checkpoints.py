@@ -39,7 +39,7 @@ class Checkpoint:
     path: Path
     sha256: str
     reasons: tuple[str, ...]
-    """Why it was kept: schedule, memorised, generalised, final."""
+    """Why it was kept: schedule, memorised, generalised, best, final."""
     dtype: str
     """Precision that it is stored in; loading gives float32."""
 
@@ -92,11 +92,14 @@ class Run:
         return list_checkpoints(self.folder)
 
     def checkpoint(self, step: int | None = None) -> Checkpoint:
-        """The checkpoint at a step, or the last.
+        """The checkpoint at a step, or the one that the run ends with: the last, or the best where it keeps that.
 
         Raises:
             WorkbenchError: there is none at that step.
         """
+        # The log is read first: what it tells of has its weights. A run that has just begun has only these.
+        if step is None and self._keeps_best and self.log.rows:
+            step = self.log.step_best
         if not self.checkpoints:
             raise WorkbenchError(f"Run {self.reference!r} has no checkpoints yet. Train it first.")
         if step is None:
@@ -110,6 +113,18 @@ class Run:
             f"Run {self.reference!r} has no checkpoint at step {step}; the nearest is {near}. "
             f"It has {len(steps)}, from {steps[0]} to {steps[-1]}."
         )
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The evaluation of the checkpoint that the run ends with; empty of a run that was not trained here."""
+        if not self.log.rows:
+            return {}
+        kept = self.log.step_best if self._keeps_best else self.log.rows[-1]["step"]
+        return next(row for row in self.log.rows if row["step"] == kept)
+
+    @property
+    def _keeps_best(self) -> bool:
+        return self.recipe.train is not None and self.recipe.train.keep == "best"
 
     def model(self, step: int | None = None) -> Transformer:
         """The transformer at a step, or at the end, ready to be looked into.
@@ -204,7 +219,8 @@ def thin(run: Run, count: int, *, among: Collection[int] | None = None) -> tuple
     """About `count` checkpoints that tell the run's story: at least half of them between memorising and generalising.
 
     From four on the moments of memorising and generalising, the first and the last are always among them; of three, the
-    first and the last. They are taken from those at the steps `among`, if given, else from all.
+    first and the last; so is the best, where the run keeps that. They are taken from those at the steps `among`, if
+    given, else from all.
     """
     marks = run.log.landmarks()
     known = [checkpoint for checkpoint in run.checkpoints if among is None or checkpoint.step in among]
@@ -217,8 +233,9 @@ def thin(run: Run, count: int, *, among: Collection[int] | None = None) -> tuple
     # From its end: where one is left of what comes after, it is the run's last.
     outside = [*_spread(before, rest // 2), *_spread(after[::-1], rest - rest // 2)]
     # What a run that starts or ends in between leaves over tells more of what lies there.
-    chosen = [*outside, *_spread(inside, count - len(outside))]
-    return tuple(sorted(chosen, key=lambda checkpoint: checkpoint.step))
+    chosen = {each.step: each for each in (*outside, *_spread(inside, count - len(outside)))}
+    chosen |= {each.step: each for each in known if "best" in each.reasons}
+    return tuple(chosen[step] for step in sorted(chosen))
 
 
 def _spread(checkpoints: Sequence[Checkpoint], count: int) -> list[Checkpoint]:

@@ -55,6 +55,11 @@ class TrainLog:
         return self._first_held(f"{split}_accuracy", self.solved_accuracy)
 
     @property
+    def step_best(self) -> int:
+        """The evaluation with the highest accuracy on the split `val`, of several that with the lowest loss there."""
+        return max(self.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))["step"]
+
+    @property
     def cleaned_up(self) -> bool:
         """Whether it has generalised and its weights changed by less than 1 % over the last 500 steps."""
         if self.step_generalised is None:

@@ -1,183 +1,216 @@
-"""How the runs of a sweep are trained: each in a process of its own, a few at a time.
+"""How many jobs are done, such as the runs of a sweep: in turn, several at a time, as one model, or on a Ray cluster.
 
-A worker (`python -m workbench.training.engines FOLDER`) reads its recipe from standard input, trains it into the folder
-or goes on with what is there, and stops, its state saved, as soon as its input is closed. So one mechanism serves
-Ctrl-C, an error here, and the death of this process, after which nobody could close it. A worker that dies takes no
-other with it, and is tried once more from its last state.
+Whatever does them, a result is what it would be alone: a run with its own log, checkpoints and states, an analysis kept
+under its key. So what was stopped goes on where it was, by any engine. A worker that dies takes no other with it, and
+its job is tried once more.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
+import logging
 import tempfile
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from workbench.runtime import WorkbenchError
-from workbench.store import RunFolder, writing
+from workbench.runtime import WorkbenchError, processors
+from workbench.tasks.base import check_choice
 from workbench.training.checkpoints import METRICS, Run
-from workbench.training.loop import Interrupted, train
-from workbench.training.recipe import Recipe
+from workbench.training.loop import Interrupted
 from workbench.training.sweeps import Member
+from workbench.training.workers import Job, ProcessWorker, Worker, train_job
 
+ENGINES = ("turn", "processes", "batched", "ray")
 TRIES = 2
 TICK = 0.1
 """Seconds between two looks at the workers."""
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+log = logging.getLogger(__name__)
 
 OnSweep = Callable[[float, str], None]
 """Called with the share of all steps that is done, and what is trained now."""
+OnLook = Callable[[Sequence[Job], Sequence[Job]], None]
+"""Called with the jobs that are being done, and those that wait."""
 
 
-def train_in_processes(
-    members: Sequence[Member], *, runs: Path | None = None, workers: int = 1, on_progress: OnSweep | None = None
+def train_members(
+    members: Sequence[Member],
+    *,
+    runs: Path | None = None,
+    engine: str | None = None,
+    workers: int | None = None,
+    address: str | None = None,
+    on_progress: OnSweep | None = None,
 ) -> dict[str, str]:
-    """Train the runs of a sweep, `workers` at a time; of several each has one thread.
+    """Train the runs of a sweep.
+
+    Args:
+        members: what to train, or go on with.
+        runs: the runs folder.
+        engine: one of `ENGINES`; by default in turn, or in processes where several workers are asked for.
+        workers: runs trained at a time, by the engines that have workers; by default as many as there are processors.
+        address: of the Ray cluster; by default one on this machine for as long as the sweep takes.
+        on_progress: told of what is done.
 
     Returns:
         Name of each run that failed as often as it was tried -> what its worker said last.
 
     Raises:
-        WorkbenchError: there is no worker.
+        WorkbenchError: the engine is unknown, cannot be had, or does not take these options.
         Interrupted: it was asked to stop; every state is saved.
     """
-    if workers < 1:
-        raise WorkbenchError(f"A sweep needs at least one worker, got {workers}.")
-    waiting, tries = deque(member.run(runs) for member in members), Counter[str]()
-    running: list[_Worker] = []
-    failed: dict[str, str] = {}
+    engine = check_engine(engine, workers=workers, address=address)
+    if not members:
+        return {}
+    if engine == "batched":
+        return _train_batched(members, runs=runs, on_progress=on_progress)
+    return _train_apart(members, engine, runs=runs, workers=workers, address=address, on_progress=on_progress)
+
+
+def check_engine(engine: str | None, *, workers: int | None, address: str | None) -> str:
+    """The engine that is asked for, or that these options ask for.
+
+    Raises:
+        WorkbenchError: it is unknown or does not take these options.
+    """
+    engine = engine or ("turn" if workers in (None, 1) else "processes")
+    check_choice("engine", engine, ENGINES)
+    if workers is not None and workers < 1:
+        raise WorkbenchError(f"There must be at least one worker, got {workers}.")
+    if workers not in (None, 1) and engine in ("turn", "batched"):
+        raise WorkbenchError(f"Engine {engine!r} has one worker, got {workers}. Choose --engine processes or ray.")
+    if address is not None and engine != "ray":
+        raise WorkbenchError(f"Engine {engine!r} has no address, got {address!r}. Choose --engine ray.")
+    return engine
+
+
+def do_jobs(
+    jobs: Sequence[Job],
+    engine: str,
+    *,
+    workers: int | None = None,
+    address: str | None = None,
+    on_look: OnLook = lambda running, waiting: None,
+) -> dict[str, str]:
+    """Every job by a worker of its own: one after another, in processes, or on a Ray cluster.
+
+    Args:
+        jobs: what to do.
+        engine: one of `ENGINES` but `batched`.
+        workers: jobs done at a time; by default as many as there are processors.
+        address: of the Ray cluster; by default one on this machine for as long as the jobs take.
+        on_look: told, a few times a second, what is done and what waits.
+
+    Returns:
+        Name of each job that failed as often as it was tried -> what its worker said last.
+
+    Raises:
+        WorkbenchError: the engine cannot be had.
+        Interrupted: it was asked to stop.
+    """
+    if engine == "ray":
+        from workbench.training.cluster import connected
+
+        with connected(address, workers=workers) as cluster:
+            return _do_apart(jobs, cluster.start, cluster.room, on_look)
+    at_once = 1 if engine == "turn" else workers or processors()
     with tempfile.TemporaryDirectory() as logs:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    running.append(_Worker.start(waiting.popleft(), Path(logs), alone=workers == 1))
-                time.sleep(TICK)
-                for worker in _ended(running):
-                    name = worker.run.reference
-                    tries[name] += 1
-                    if worker.process.returncode != 0 and tries[name] < TRIES:
-                        waiting.appendleft(worker.run)
-                    elif worker.process.returncode != 0:
-                        failed[name] = worker.last_words()
-                if on_progress is not None:
-                    on_progress(_share(members, running, waiting), ", ".join(each.run.reference for each in running))
-        except KeyboardInterrupt as error:
-            raise Interrupted("What was trained is saved; the same command goes on from there.") from error
-        finally:
-            _stop(running)
+        start = partial(ProcessWorker.start, logs=Path(logs), alone=at_once == 1)
+        return _do_apart(jobs, start, lambda: at_once, on_look)
+
+
+def _train_batched(members: Sequence[Member], *, runs: Path | None, on_progress: OnSweep | None) -> dict[str, str]:
+    """As one model each family of runs that can be; what has no company in turn, and that is said."""
+    from workbench.training.batched import batch_key, train_together
+
+    families: dict[str | None, list[Member]] = {}
+    for member in members:
+        families.setdefault(batch_key(member.recipe), []).append(member)
+    alone = families.pop(None, [])
+    alone += [family.pop() for family in families.values() if len(family) == 1]
+    together = [family for family in families.values() if family]
+    most, done, failed = sum(member.recipe.trainable().steps for member in members), 0, {}
+
+    def tell(part: Sequence[Member], share: float, now: str) -> None:
+        """The share of some of the members as one of all."""
+        if on_progress is not None:
+            own = sum(member.recipe.trainable().steps for member in part)
+            on_progress((done + share * own) / most, now)
+
+    for family in together:
+        failed |= train_together(family, runs=runs, on_progress=partial(tell, family))
+        done += sum(member.recipe.trainable().steps for member in family)
+    if alone:
+        log.warning(
+            "%d of %d runs are trained in turn: they are no plain AdamW on the whole training split, or no other run "
+            "has their architecture and schedule.",
+            len(alone),
+            len(members),
+        )
+        failed |= _train_apart(alone, "turn", runs=runs, on_progress=partial(tell, alone))
     return failed
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Worker:
-    """A process that trains a run."""
+def _train_apart(
+    members: Sequence[Member],
+    engine: str,
+    *,
+    runs: Path | None,
+    workers: int | None = None,
+    address: str | None = None,
+    on_progress: OnSweep | None,
+) -> dict[str, str]:
+    """Every run by a worker of its own."""
+    by_name = {run.folder.path.name: run for run in (member.run(runs) for member in members)}
 
-    run: Run
-    process: subprocess.Popen[bytes]
-    log: Path
-    """What it says."""
+    def look(running: Sequence[Job], waiting: Sequence[Job]) -> None:
+        if on_progress is not None:
+            now, later = ([by_name[job.name] for job in jobs] for jobs in (running, waiting))
+            on_progress(_share(members, now, later), ", ".join(run.reference for run in now))
 
-    @classmethod
-    def start(cls, run: Run, logs: Path, *, alone: bool) -> _Worker:
-        log = logs / run.reference
-        with log.open("wb") as told:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "workbench.training.engines", str(run.folder.path)],
-                stdin=subprocess.PIPE,
-                stdout=told,
-                stderr=told,
-                env=dict(os.environ) if alone else {**os.environ, **ONE_THREAD},
-                # A terminal's Ctrl-C goes to its whole group: it is for this process alone, which tells the workers.
-                start_new_session=True,
-            )
-        assert process.stdin is not None
-        # One that died at birth reads nothing; its exit code is seen later.
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(run.recipe.to_json()).encode() + b"\n")
-            process.stdin.flush()
-        return cls(run=run, process=process, log=log)
-
-    def last_words(self) -> str:
-        """Its error's last line, or how it died."""
-        code = self.process.returncode
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit code {code}"
-
-    def close_input(self) -> None:
-        """Let it save its state and leave, if it has not."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+    jobs = [train_job(run.folder, run.recipe.to_json()) for run in by_name.values()]
+    failed = do_jobs(jobs, engine, workers=workers, address=address, on_look=look)
+    return {by_name[name].reference: reason for name, reason in failed.items()}
 
 
-def _ended(running: list[_Worker]) -> list[_Worker]:
-    """Takes those that have ended out of the list."""
-    ended = [worker for worker in running if worker.process.poll() is not None]
-    for worker in ended:
-        worker.close_input()
-        running.remove(worker)
-    return ended
+def _do_apart(
+    jobs: Sequence[Job], start: Callable[[Job], Worker], room: Callable[[], int], on_look: OnLook
+) -> dict[str, str]:
+    """As many jobs at a time as there is room for now."""
+    waiting, tries = deque(jobs), Counter[str]()
+    running: list[tuple[Job, Worker]] = []
+    failed: dict[str, str] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < room():
+                job = waiting.popleft()
+                running.append((job, start(job)))
+            time.sleep(TICK)
+            for job, worker in [each for each in running if each[1].ended()]:
+                running.remove((job, worker))
+                complaint = worker.complaint()
+                tries[job.name] += 1
+                if complaint is not None and tries[job.name] < TRIES:
+                    waiting.appendleft(job)
+                elif complaint is not None:
+                    failed[job.name] = complaint
+            on_look([job for job, _ in running], waiting)
+    except KeyboardInterrupt as error:
+        raise Interrupted("What was trained is saved; the same command goes on from there.") from error
+    finally:
+        for _, worker in running:
+            worker.stop()
+        for _, worker in running:
+            worker.wait()
+    return failed
 
 
-def _stop(workers: Sequence[_Worker]) -> None:
-    for worker in workers:
-        worker.close_input()
-    for worker in workers:
-        worker.process.wait()
-
-
-def _share(members: Sequence[Member], running: Sequence[_Worker], waiting: Sequence[Run]) -> float:
+def _share(members: Sequence[Member], running: Sequence[Run], waiting: Sequence[Run]) -> float:
     """Steps that are done, of the most that all runs may take; a run that has ended needs none of the others."""
     most = {member.name: member.recipe.trainable().steps for member in members}
-    rows = {worker.run.reference: worker.run.folder.lines(METRICS) for worker in running}
+    rows = {run.reference: run.folder.lines(METRICS) for run in running}
     left = {name: most[name] - (lines[-1]["step"] if lines else 0) for name, lines in rows.items()}
     left |= {run.reference: most[run.reference] for run in waiting}
     return 1 - sum(left.values()) / sum(most.values())
-
-
-def _work(folder: RunFolder) -> None:
-    """A worker's life: recipe in, run out."""
-    recipe = Recipe.from_json(json.loads(sys.stdin.buffer.readline()))
-    threading.Thread(target=_stop_when_input_closes, daemon=True).start()
-    resume = any((folder.path / "state").glob("step_*.json"))
-    if not resume:
-        _clear(folder)
-    train(recipe, folder, resume=resume)
-
-
-def _clear(folder: RunFolder) -> None:
-    """An empty folder: without a state there is no work to lose, only what a run that died at birth has left."""
-    with writing(folder.path):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        with folder.lock():
-            for path in folder.path.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != ".lock":
-                    path.unlink()
-
-
-def _stop_when_input_closes() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    try:
-        _work(RunFolder(path=path, reference=path.name))
-    except WorkbenchError as error:
-        sys.exit(" ".join(str(error).split()))

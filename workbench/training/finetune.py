@@ -9,12 +9,15 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, AdamW
 
 from workbench.models.kinds import Model
 from workbench.models.transformer import Transformer
@@ -25,6 +28,7 @@ from workbench.tasks.skills import SKILLS, Skills
 from workbench.training.checkpoints import Run, load
 from workbench.training.recipe import Recipe, Start, TrainConfig
 
+CLIP_NORM = 1.0
 SHOTS = 2 * 4_096
 """Examples for fine-tuning: 4,096 of each answer, about, the larger of the published sizes."""
 WAYS: dict[str, TrainConfig] = {
@@ -100,8 +104,54 @@ def with_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transform
     return other
 
 
+def fit(
+    module: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[tuple[Any, Tensor]],
+    *,
+    rate: Callable[[int], float],
+    optimiser: Literal["adamw", "sgd"] = "adamw",
+    l1_to_start: float = 0.0,
+    within: Mapping[str, Bool[Tensor, "..."]] | None = None,
+    read: Callable[[Any], Float[Tensor, "batch label"]] = lambda logits: logits,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train some tensors of a module in place, by cross-entropy, a batch a step.
+
+    Args:
+        module: in the mode in which it shall be trained; a step costs what a pass costs.
+        names: of the tensors that are trained; the others are held fast.
+        batches: inputs and labels.
+        rate: learning rate by step, from 0.
+        optimiser: AdamW without weight decay, or plain SGD.
+        l1_to_start: strength of lambda |w - w_start|_1, a proximal step after each update; 0 is none.
+        within: the weights that may change, of each trained tensor; None lets all.
+        read: from what the module returns to the labels' logits.
+        on_step: told how many steps are done.
+    """
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in names)
+    parameters = [module.get_parameter(name) for name in names]
+    started = [parameter.detach().clone() for parameter in parameters] if l1_to_start else []
+    stepper = SGD(parameters, lr=rate(0)) if optimiser == "sgd" else AdamW(parameters, lr=rate(0), weight_decay=0.0)
+    for step, (inputs, labels) in enumerate(batches):
+        for group in stepper.param_groups:
+            group["lr"] = rate(step)
+        stepper.zero_grad()
+        functional.cross_entropy(read(module(inputs)), labels).backward()
+        for name, allowed in (within or {}).items():
+            # A weight whose gradient was never anything but 0 is not moved by either optimiser.
+            if (gradient := module.get_parameter(name).grad) is not None:
+                gradient *= allowed
+        nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        stepper.step()
+        if l1_to_start:
+            pull_back(parameters, started, rate(step) * l1_to_start)
+        on_step(step + 1)
+
+
 @torch.no_grad()
-def pull_back(parameters: Iterable[nn.Parameter], start: Sequence[Float[Tensor, "..."]], most: float) -> None:
+def pull_back(parameters: Iterable[nn.Parameter], start: Sequence[Float[Tensor, "..."]], most: float | Tensor) -> None:
     """The proximal step of an L1 penalty: each weight goes back by up to `most`, and stops where it began."""
     for parameter, began in zip(parameters, start, strict=True):
         change = parameter - began

@@ -147,7 +147,6 @@ def _as_text(value: Any) -> str:
 
 def _run_row(run: Run, setting: str) -> dict[str, Any]:
     assert run.recipe.train is not None
-    last = run.log.rows[-1] if run.log.rows else {}
     generalised = run.log.step_generalised
     seconds = next((row["seconds"] for row in run.log.rows if row["step"] == generalised), None)
     return {
@@ -156,11 +155,11 @@ def _run_row(run: Run, setting: str) -> dict[str, Any]:
         "seed": run.recipe.train.init_seed,
         "ended": bool(run.status["finished"]),
         "reason": run.status["reason"],
-        "steps": last.get("step", 0),
+        "steps": run.log.rows[-1]["step"] if run.log.rows else 0,
         "step_memorised": run.log.step_memorised,
         "step_generalised": generalised,
         "seconds_generalised": seconds,
-        **{f"{split}_accuracy": last.get(f"{split}_accuracy") for split in run.task.measured},
+        **{f"{split}_accuracy": run.last.get(f"{split}_accuracy") for split in run.task.measured},
     }
 
 

@@ -9,15 +9,18 @@ in bfloat16; here the heads' matrices lie in one tensor, and processors without 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
+from workbench.kernels.dispatch import kernels_for
+from workbench.kernels.reference import Group
 from workbench.models.kinds import Model
+from workbench.runtime import WorkbenchError
 
 if TYPE_CHECKING:
     from workbench.training.recipe import TrainConfig
@@ -28,6 +31,74 @@ ITERATIONS = 5
 TINY = 1e-7
 RMS = 0.2
 """Root mean square of AdamW's updates, about."""
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, with Grokfast's filter before it or without, by the kernels of where the weights lie."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        grokfast: tuple[float, float] | None,
+    ) -> None:
+        """As torch's; the filter's decay, and how many times over its mean is added."""
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        self.grokfast = grokfast
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update of every parameter that has a gradient."""
+        groups = [group for each in self.param_groups if (group := self._with_gradients(each)).weights]
+        if groups:
+            kernels = kernels_for(groups[0].weights[0].device)
+            kernels.adamw(groups, self.defaults["betas"], self.defaults["eps"], self.grokfast)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's.
+
+        Raises:
+            WorkbenchError: the filter's mean is wanted and not there, as in states of earlier versions.
+        """
+        if self.grokfast is not None and any("slow" not in each for each in state_dict["state"].values()):
+            raise WorkbenchError(
+                "This state holds no running mean of Grokfast's: an earlier version saved it. Train the run anew."
+            )
+        super().load_state_dict(state_dict)
+
+    def _with_gradients(self, group: Mapping[str, Any]) -> Group:
+        weights = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for parameter in weights:
+            if not self.state[parameter]:
+                self.state[parameter] = self._beginning(parameter, parameter.grad)
+
+        def remembered(name: str) -> list[Tensor]:
+            return [self.state[parameter][name] for parameter in weights]
+
+        return Group(
+            weights=weights,
+            gradients=[_lying_as(parameter, parameter.grad) for parameter in weights],
+            means=remembered("exp_avg"),
+            squares=remembered("exp_avg_sq"),
+            steps=remembered("step"),
+            slow=[] if self.grokfast is None else remembered("slow"),
+            rate=group["lr"],
+            decay=group["weight_decay"],
+        )
+
+    def _beginning(self, parameter: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+        """Before the first update; the number of updates is on the device, so that a step waits for nothing."""
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        slow = {} if self.grokfast is None else {"slow": gradient.clone()}
+        return {"step": torch.zeros((), device=parameter.device), **moments, **slow}
+
+
+def _lying_as(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the weight's order of memory: PyTorch's fused update walks over both side by side."""
+    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
 class Momentum(Optimizer, ABC):
@@ -109,10 +180,21 @@ def optimisers_of(model: Model, config: TrainConfig) -> tuple[Optimizer, ...]:
         return (SGD(_by_decay(parameters, model, config), lr=lr, weight_decay=weight_decay),)
     inner = {id(matrix) for matrix in model.block_matrices} if config.optimiser == "muon" else set()
     rest = [parameter for parameter in parameters if id(parameter) not in inner]
-    adamw = AdamW(_by_decay(rest, model, config), lr=lr, betas=config.betas, weight_decay=weight_decay, fused=True)
+    adamw = AdamW(
+        _by_decay(rest, model, config),
+        lr=lr,
+        betas=config.betas,
+        weight_decay=weight_decay,
+        grokfast=config.grokfast if filters_itself(config) else None,
+    )
     return (
         (Muon(model.block_matrices, lr=lr, momentum=momentum, weight_decay=weight_decay), adamw) if inner else (adamw,)
     )
+
+
+def filters_itself(config: TrainConfig) -> bool:
+    """Whether the optimiser applies Grokfast: AdamW does where nothing else comes in between."""
+    return config.optimiser == "adamw" and config.clip_norm is None and not config.orthogonal_gradient
 
 
 def _by_decay(parameters: list[nn.Parameter], model: Model, config: TrainConfig) -> list[dict[str, Any]]:

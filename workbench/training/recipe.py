@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from beartype.door import is_bearable
 
@@ -23,7 +23,7 @@ from workbench.models.config import ModelConfig
 from workbench.models.program_config import ProgramConfig
 from workbench.runtime import WorkbenchError, nearest
 from workbench.store import digest
-from workbench.tasks.base import Streamed, Task
+from workbench.tasks.base import Streamed, Task, Voted
 from workbench.tasks.comparison import Comparison
 from workbench.tasks.complex_comparison import ComplexComparison
 from workbench.tasks.composition import Composition
@@ -33,6 +33,7 @@ from workbench.tasks.modular import Modular
 from workbench.tasks.pairs import Pairs
 from workbench.tasks.sequences import Sequences
 from workbench.tasks.skills import Skills
+from workbench.tasks.words import Words
 
 TASKS: dict[str, type] = {
     task.name: task
@@ -47,6 +48,7 @@ TASKS: dict[str, type] = {
         SelectionInference,
         Sequences,
         Skills,
+        Words,
     )
 }
 
@@ -103,6 +105,12 @@ class TrainConfig:
     temperature: tuple[float, float] | None = None
     """Temperature of a Transformer Program's choices at the first step and at the last, geometric in between; None for
     other models."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights a run ends with: the last, or those of the evaluation with the highest accuracy on the split `val`,
+    the lowest loss there where several are as accurate."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What a step multiplies matrices in; bfloat16 is for devices that have it. Weights, sums and the optimiser are
+    float32 in any case, and what is logged is the float32 model's."""
     loss_dtype: Literal["float32", "float64"] = "float64"
     """Precision of the loss. In float32 cross-entropies below 1e-7 are lost and training slingshots."""
     grokfast: tuple[float, float] | None = None
@@ -156,8 +164,10 @@ class TrainConfig:
             "trained": ("all", "blocks"),
             "decay": ("all", "matrices"),
             "loss": ("cross_entropy", "stablemax"),
+            "precision": ("float32", "bfloat16"),
             "loss_dtype": ("float32", "float64"),
             "average": ("answers", "prompts"),
+            "keep": ("last", "best"),
         }
         for name, known in words.items():
             if getattr(self, name) not in known:
@@ -231,6 +241,15 @@ class Recipe:
                 f"Recipe {self.name!r}: train.temperature belongs to Transformer Programs, which need one such as "
                 "[3.0, 0.01], and to no other model."
             )
+        if self.train is not None and self.train.keep == "best" and "val" not in self.task.measured:
+            raise WorkbenchError(
+                f"Recipe {self.name!r}: task {self.task.name!r} measures no split `val` on which the best "
+                "weights could be chosen. Set train.keep=last."
+            )
+        if self.train is not None and self.train.precision == "bfloat16" and isinstance(self.model, ProgramConfig):
+            raise WorkbenchError(
+                f"Recipe {self.name!r}: a Transformer Program is trained in float32. Set train.precision=float32."
+            )
         if self.train is not None and self.train.dropout and isinstance(self.model, ProgramConfig):
             raise WorkbenchError(f"Recipe {self.name!r}: a Transformer Program has no dropout. Set train.dropout=0.")
         if self.model.n_ctx < len(self.task.position_labels):
@@ -275,14 +294,14 @@ class Recipe:
             if not equals:
                 raise WorkbenchError(f"Setting {setting!r} must be key=value, such as train.steps=500.")
             part, field = self._find_field(key.strip())
-            changes[part][field.name] = _read_value(key, text, _hints(getattr(self, part))[field.name])
+            changes[part][field.name] = read_value(key, text, _hints(getattr(self, part))[field.name])
         task = _replace_fields(self.task, changes["task"])
         size, silent = len(task.vocab), self.model.d_vocab - self.model.d_vocab_out
         vocabulary: dict[str, Any] = (
             {} if size == self.model.d_vocab else {"d_vocab": size, "d_vocab_out": size - silent}
         )
-        if isinstance(task, Sequences) and isinstance(self.model, ProgramConfig):
-            vocabulary |= {"outputs": task.outputs, "d_vocab_out": size, "causal": task.causal}
+        if isinstance(task, Voted) and isinstance(self.model, ProgramConfig):
+            vocabulary |= {name: getattr(task, name) for name in ("d_vocab_out", "outputs", "causal", "pooled")}
         if self.model.pad_token is not None and self.model.pad_token == self.task.pad_token:
             vocabulary["pad_token"] = task.pad_token
         model = replace(self.model, **{**vocabulary, **changes["model"]})
@@ -381,6 +400,27 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def read_value(key: str, text: str, hint: Any) -> Any:
+    """What a person typed for a setting, as a value of its kind.
+
+    Raises:
+        WorkbenchError: it is of another kind.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    value = _with_tuples(value)
+    if not is_bearable(value, hint):
+        value = _as_floats(value)
+    if not is_bearable(value, hint):
+        if get_origin(hint) is Literal:
+            raise WorkbenchError(f"Setting {key}={text} is none of {', '.join(map(str, get_args(hint)))}.")
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise WorkbenchError(f"Setting {key}={text} is not of the kind {wanted}.")
+    return value
+
+
 def differing_settings(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
     """Settings that are not the same in two recipes, with both values; None where one has no such setting."""
     one, two = recipe.settings(), other.settings()
@@ -442,17 +482,3 @@ def _as_floats(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_as_floats, value))
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _read_value(key: str, text: str, hint: Any) -> Any:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    value = _with_tuples(value)
-    if not is_bearable(value, hint):
-        value = _as_floats(value)
-    if not is_bearable(value, hint):
-        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        raise WorkbenchError(f"Setting {key}={text} is not of the kind {wanted}.")
-    return value

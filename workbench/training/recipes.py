@@ -47,6 +47,18 @@ def modular() -> Recipe:
     )
 
 
+def modular_fast() -> Recipe:
+    """As `modular`, ten times the learning rate: the circuit without the delay."""
+    return replace(
+        modular(),
+        name="modular-fast",
+        # At a rate that stays this high, training falls out of the solution again, at step 1,900 on seed 0.
+        train=TrainConfig(steps=1_500, learning_rate=1e-2, cooldown=0.5, evaluate_every=25, stop_when_clean=False),
+        shows="Generalises within a thousand steps, almost without delay; the circuit of modular, not its history.",
+        minutes=2.7,
+    )
+
+
 def modular_paper() -> Recipe:
     """The mainline setting of Nanda et al. 2023: as `modular`, for all of its 40,000 epochs."""
     return replace(
@@ -61,6 +73,7 @@ def modular_paper() -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "modular-smoke": modular_smoke,
     "modular": modular,
+    "modular-fast": modular_fast,
     "modular-paper": modular_paper,
     **REASONERS,
     **SEARCHES,
