@@ -10,7 +10,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
-EXTRAS := figures,gpu,test,dev
+EXTRAS := figures,gpu,prove,ray,test,dev
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help setup app test check lint format lock gallery clean

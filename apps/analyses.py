@@ -143,7 +143,7 @@ def kept(
     """The summary of an analysis at a step: the kept one if there is one, else computed and kept."""
     checkpoint = run.checkpoint(step)
     key = key_of(run, name, step, arguments)
-    summary = _kept_summary(run.folder, key, lambda: compute(run, checkpoint.step, **arguments))
+    summary = kept_under(run.folder, key, lambda: compute(run, checkpoint.step, **arguments))
     return {"run": run.reference, "step": checkpoint.step, **summary}
 
 
@@ -154,23 +154,24 @@ def kept_of_several(
     checkpoints = [run.checkpoint(step) for run in runs]
     told = {"references": [run.recipe.to_json() for run in runs], "runs": [run.reference for run in runs], **arguments}
     key = result_key(name, told, [each.sha256 for each in checkpoints])
-    summary = _kept_summary(runs[0].folder, key, lambda: compute(runs, step, **arguments))
+    summary = kept_under(runs[0].folder, key, lambda: compute(runs, step, **arguments))
     return {"runs": told["runs"], "steps": [each.step for each in checkpoints], **summary}
 
 
-def key_of(run: Run, name: str, step: int | None, arguments: Mapping[str, Any]) -> str:
-    """Under which an analysis at a step is kept."""
-    parents = [run.checkpoint(step).sha256, run.checkpoint().sha256]
-    return result_key(name, {"reference": run.recipe.to_json(), **arguments}, parents)
-
-
-def _kept_summary(folder: RunFolder, key: str, compute: Callable[[], Result]) -> dict[str, Any]:
+def kept_under(folder: RunFolder, key: str, compute: Callable[[], Result]) -> dict[str, Any]:
+    """The summary under a key in a folder: the kept one if there is one, else computed and kept."""
     summary = load_summary(folder, key)
     if summary is None:
         save_result(folder, key, compute())
         summary = load_summary(folder, key)
         assert summary is not None
     return summary
+
+
+def key_of(run: Run, name: str, step: int | None, arguments: Mapping[str, Any]) -> str:
+    """Under which an analysis at a step is kept."""
+    parents = [run.checkpoint(step).sha256, run.checkpoint().sha256]
+    return result_key(name, {"reference": run.recipe.to_json(), **arguments}, parents)
 
 
 def _models(run: Run) -> Iterator[tuple[int, Transformer]]:

@@ -3,7 +3,8 @@
 Both sides run alternately in one process on one thread, the clock is the CPU time of the process, and what is reported
 is the ratio of medians with a bootstrap interval over rounds. Every round's results are compared, too: a fast answer
 that is another answer is no answer. Beside them, in every round, the rate is taken at which the machine multiplies
-matrices, and ours is told as a share of it: how much is left to gain without computing less.
+matrices, and ours is told as a share of it: how much is left to gain without computing less. The most memory that the
+tensors of a call hold at once is counted once for each side, and does not vary.
 
 A benchmark is one function that returns a `Benchmark`, and an entry in `BENCHMARKS`.
 """
@@ -16,6 +17,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from apps.tensor_memory import TensorMemory
 from workbench.runtime import WorkbenchError, code_version, generator, one_thread, thread_count
 from workbench.store import Provenance
 from workbench.tables import Table
@@ -36,7 +39,7 @@ ROUND_SECONDS = 0.5
 RESAMPLES = 2000
 LEVEL = 0.95
 GEMM_SIZE = 1024
-"""Rows and columns of the float32 matrices whose product is the machine's rate."""
+"""Rows and columns of the matrices whose product is the machine's rate."""
 Run = Callable[[], Any]
 
 
@@ -58,6 +61,8 @@ class Benchmark:
     """Their time over ours that is aimed at."""
     gate: float
     """What the lower end of the ratio's interval must reach."""
+    precision: torch.dtype = torch.float32
+    """What ours multiplies matrices in, so that its rate is compared with the machine's there."""
     conditions: Mapping[str, object] = field(default_factory=dict)
     """Shapes, numbers of examples: what else the ratio depends on."""
 
@@ -79,6 +84,8 @@ class BenchmarkResult:
     """Floating-point operations of the matrix products in ours."""
     gemm_rates: tuple[float, ...]
     """Floating-point operations a second of a large matrix product, round by round."""
+    peak_bytes: tuple[int, int]
+    """Most memory that the tensors of a call hold at once: theirs and ours."""
     conditions: Mapping[str, object]
     provenance: Provenance
 
@@ -113,6 +120,7 @@ class BenchmarkResult:
             "agrees": self.agrees,
             "seconds": {"peer": median(self.theirs), "ours": median(self.ours)},
             "gemm_share": self.gemm_share,
+            "peak_bytes": dict(zip(("peer", "ours"), self.peak_bytes, strict=True)),
             "gemm_flops_per_second": median(self.gemm_rates),
             "n": len(self.ours),
             "conditions": dict(self.conditions),
@@ -162,6 +170,7 @@ def measure(
         sides = benchmark.prepare()
         calls = [max(1, math.ceil(round_seconds / max(_timed(side, 1)[1], 1e-6))) for side in sides]
         flops, rates = _matrix_flops(sides[1]), list[float]()
+        peak_bytes = (_peak_bytes(sides[0]), _peak_bytes(sides[1]))
         distances: list[float] = []
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(repeats):
@@ -171,7 +180,7 @@ def measure(
                 results.append(result)
                 times.append(spent)
             distances.append(benchmark.agreement(*results))
-            rates.append(_gemm_rate())
+            rates.append(_gemm_rate(benchmark.precision))
     low, high = ratio_interval(*seconds, seed=seed)
     measured = {"threads": threads, "load_before": load, "load_after": os.getloadavg()[0], **_versions()}
     return BenchmarkResult(
@@ -185,6 +194,7 @@ def measure(
         distance=float(torch.tensor(distances, dtype=torch.float64).max()),
         flops=flops,
         gemm_rates=tuple(rates),
+        peak_bytes=peak_bytes,
         conditions={**benchmark.conditions, **measured},
         provenance=Provenance(code_version=code_version(), seed=seed),
     )
@@ -208,6 +218,9 @@ class MatrixFlops(TorchDispatchMode):
             self.total += sdpa_flop_count(*(each.shape for each in args[:3]))
         elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
             self.total += sdpa_backward_flop_count(*(each.shape for each in args[:4]))
+        elif str(packet) == "mkldnn._linear_pointwise":
+            rows, matrix = (each.shape for each in args[:2])
+            self.total += 2 * rows.numel() * matrix[0]
         elif packet in flop_registry:
             self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
@@ -218,13 +231,26 @@ def _timed(side: Run, calls: int) -> tuple[Any, float]:
     # As in timeit: no garbage, which may be another's, is collected while the clock runs.
     gc.disable()
     try:
-        begun = time.process_time()
+        begun = cpu_seconds()
         for _ in range(calls - 1):
             side()
         result = side()
-        return result, (time.process_time() - begun) / calls
+        return result, (cpu_seconds() - begun) / calls
     finally:
         gc.enable()
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _peak_bytes(side: Run) -> int:
+    """Most memory that the tensors of one call hold at once."""
+    with TensorMemory() as memory:
+        side()
+    return memory.peak
 
 
 def _matrix_flops(side: Run) -> int:
@@ -234,9 +260,9 @@ def _matrix_flops(side: Run) -> int:
     return counter.total
 
 
-def _gemm_rate() -> float:
-    """Floating-point operations a second of a square float32 product, the fastest of a few."""
-    matrix = torch.ones(GEMM_SIZE, GEMM_SIZE)
+def _gemm_rate(precision: torch.dtype) -> float:
+    """Floating-point operations a second of a square product, the fastest of a few."""
+    matrix = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=precision)
     return 2 * GEMM_SIZE**3 / min(_timed(lambda: matrix @ matrix, 1)[1] for _ in range(3))
 
 

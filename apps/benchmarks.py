@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from apps.bench import REPEATS, Benchmark, BenchmarkResult, Run, measure
+from apps.races import RACES, RaceResult, run_race
+from apps.run_benchmarks import RUNS
 from apps.step_benchmarks import STEPS
 from circuits.acdc import acdc
 from circuits.attention_effects import CleanPass, score
@@ -39,14 +41,16 @@ from workbench.tasks.graph_search import GraphSearch
 PAIRS = 64
 
 
-def run_benchmark(name: str, *, repeats: int = REPEATS, seed: int = 0) -> BenchmarkResult:
-    """Measure the benchmark called `name`.
+def run_benchmark(name: str, *, repeats: int = REPEATS, seed: int = 0) -> BenchmarkResult | RaceResult:
+    """Measure the benchmark called `name`; a round of a race is a seed.
 
     Raises:
         WorkbenchError: there is none of that name, or fewer than one round is asked for.
     """
+    if name in RACES:
+        return run_race(RACES[name](), seeds=repeats)
     if name not in BENCHMARKS:
-        raise WorkbenchError(f"Unknown benchmark {name!r}. {nearest(name, BENCHMARKS)}")
+        raise WorkbenchError(f"Unknown benchmark {name!r}. {nearest(name, [*BENCHMARKS, *RACES])}")
     return measure(BENCHMARKS[name](), repeats=repeats, seed=seed)
 
 
@@ -369,6 +373,7 @@ SEARCH = ModelConfig(
 )  # fmt: skip
 BENCHMARKS: Mapping[str, Callable[[], Benchmark]] = {
     **STEPS,
+    **RUNS,
     "patch-toy-1": partial(_toy_patching, 1, 12.1),
     "patch-toy-32": partial(_toy_patching, 32, 4.5),
     "patch-gpt2": _gpt2_patching,
@@ -378,4 +383,6 @@ BENCHMARKS: Mapping[str, Callable[[], Benchmark]] = {
     "curve": partial(_curve, "curve", FOUR_LAYERS),
     "attention-effects": partial(_attention_effects, "attention-effects", SEARCH),
 }
-"""What can be measured, by name."""
+"""What can be measured in rounds, by name."""
+ALL = (*BENCHMARKS, *RACES)
+"""All names."""

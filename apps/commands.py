@@ -1,4 +1,6 @@
-"""What each `workbench` command does: options in, a printout back.
+"""What each `workbench` command does that is no analysis of a run: options in, a printout back.
+
+The analyses are in `apps.analysis_commands`.
 
 Heavy imports happen inside the command that needs them.
 """
@@ -6,26 +8,20 @@ Heavy imports happen inside the command that needs them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apps.printing import Printout, as_columns, as_lines, progress_bar, scalars, share_bar, stopwatch
+from apps.printing import Printout, as_columns, as_lines, progress_bar, share_bar, stopwatch
 from workbench.runtime import WorkbenchError, is_main_process
-from workbench.store import RunFolder, gallery_names, new_run, run_names, runs_root, write_atomic
+from workbench.store import RunFolder, gallery_names, new_run, run_names, runs_root
 
 if TYPE_CHECKING:
-    from workbench.store import Result
     from workbench.training.checkpoints import Run
     from workbench.training.imports import Findings
     from workbench.training.recipe import Recipe
+    from workbench.training.text_donors import TextDonor
 
 
-ROWS = ("cells", "minimality", "rows")
-"""Lists of rows that are printed as a table, the first that a result has."""
 RUN_COLUMNS = ("run", "recipe", "steps", "test_accuracy", "step_memorised", "step_generalised", "status")
 
 
@@ -59,10 +55,11 @@ def train(options: argparse.Namespace) -> Printout:
         if not options.no_measures and is_main_process():
             with share_bar(f"measure {folder.reference}") as on_share:
                 measure(run, on_share)
-    last = run.log.rows[-1]
+    last = run.last
     content = {
         "run": folder.reference,
-        "steps": last["step"],
+        "steps": run.log.rows[-1]["step"],
+        "step_kept": last["step"],
         **clock,
         **{f"{split}_loss": last[f"{split}_loss"] for split in ("train", "test")},
         **accuracies(run),
@@ -70,7 +67,7 @@ def train(options: argparse.Namespace) -> Printout:
         **by_answer(run),
         "step_memorised": run.log.step_memorised,
         "step_generalised": run.log.step_generalised,
-        **{name: run.status[name] for name in ("reason", "threads", "kernels", "repeatable")},
+        **{name: run.status[name] for name in ("reason", "threads", "kernels", "launch", "repeatable")},
     }
     return Printout(content=content, text=as_lines(content))
 
@@ -80,13 +77,6 @@ def finetune(options: argparse.Namespace) -> Printout:
     from apps.grafting import finetune as teach
 
     return teach(options)
-
-
-def graft(options: argparse.Namespace) -> Printout:
-    """Grafts of donors, judged."""
-    from apps.grafting import graft as find_and_judge
-
-    return find_and_judge(options)
 
 
 def sweep(options: argparse.Namespace) -> Printout:
@@ -123,185 +113,11 @@ def show(options: argparse.Namespace) -> Printout:
     return Printout(content=content, text=text)
 
 
-def lens(options: argparse.Namespace) -> Printout:
-    """The logit lens at one checkpoint or all, or the tuned lens beside it."""
-    from apps.analyses import PAIRS, TUNED_PROMPTS, lens_of, tuned_lens_of
-
-    name, compute, n = ("lens", lens_of, PAIRS)
-    if options.kind == "tuned":
-        name, compute, n = ("tuned_lens", tuned_lens_of, TUNED_PROMPTS)
-    arguments = {"n": n if options.n is None else options.n, "split": options.split}
-    return _analyse(options, name, compute, arguments)
-
-
-def probe(options: argparse.Namespace) -> Printout:
-    """Probes of the task's latents at one checkpoint or all."""
-    from apps.probing import probes_of
-
-    arguments = {name: getattr(options, name) for name in ("latent", "sites", "n", "split")}
-    with share_bar(f"probe {options.run}") as on_progress:
-        positions = _positions(options.positions)
-        return _analyse(options, "probe", probes_of, {**arguments, "positions": positions}, on_progress)
-
-
-def fourier(options: argparse.Namespace) -> Printout:
-    """Fourier analysis at one checkpoint or all."""
-    from apps.analyses import fourier_of
-
-    return _analyse(options, "fourier", fourier_of, {})
-
-
-def patch(options: argparse.Namespace) -> Printout:
-    """Activation patching at one checkpoint or all."""
-    from apps.analyses import patch_of
-
-    names = ("sites", "direction", "n", "split", "metric")
-    return _analyse(options, "patch", patch_of, {name: getattr(options, name) for name in names})
-
-
-def circuit(options: argparse.Namespace) -> Printout:
-    """A circuit, found and judged: at one checkpoint, at all, or in several runs."""
-    from apps.circuits_of_runs import circuit_of, history_of
-
-    if options.seeds is not None:
-        return _circuit_over_seeds(options)
-    through = options.checkpoint == "all"
-    names = ("method", "edges", "threshold", "ablation", "metric", "granularity", "n", "split", "seed")
-    names = names if through else (*names, "select")
-    arguments = {**{name: getattr(options, name) for name in names}, "absolute": not options.signed}
-    if through and options.out is not None:
-        raise WorkbenchError("--out writes one circuit: name one checkpoint, not 'all'.")
-    if through and options.select != "top":
-        raise WorkbenchError("Through training the largest scores are taken: leave --select out.")
-    with share_bar(f"circuit {options.run}") as on_progress:
-        if through:
-            once = argparse.Namespace(**{**vars(options), "checkpoint": None})
-            return _analyse(once, "circuit_history", partial(history_of, on_progress=on_progress), arguments)
-        printout = _analyse(options, "circuit", partial(circuit_of, on_progress=on_progress), arguments)
-    if options.out is not None:
-        _export_circuit(options, arguments)
-    return printout
-
-
-def _circuit_over_seeds(options: argparse.Namespace) -> Printout:
-    """The same circuit in several runs, and what these have in common."""
-    from apps.agreements_of_runs import MEASURES, over_seeds_of
-    from apps.analyses import kept_of_several
-    from workbench.training.checkpoints import load
-
-    refused = {
-        "--checkpoint all": options.checkpoint == "all",
-        "--out": options.out is not None,
-        "--threshold": options.threshold is not None,
-        "--select": options.select != "top",
-    }
-    if unfit := [name for name, given in refused.items() if given]:
-        raise WorkbenchError(
-            f"--seeds compares the largest scores of one size at one checkpoint: leave {', '.join(unfit)} out."
-        )
-    runs = [load(name, runs=options.runs) for name in [options.run, *(_listed(options.seeds) or [])]]
-    names = ("method", "edges", "ablation", "metric", "granularity", "n", "split", "seed")
-    arguments = {**{name: getattr(options, name) for name in names}, "absolute": not options.signed}
-    with stopwatch() as clock, share_bar(f"circuit of {len(runs)} runs") as on_progress:
-        compute = partial(over_seeds_of, on_progress=on_progress)
-        found = kept_of_several(runs, "circuit_over_seeds", compute, _step(options.checkpoint), arguments)
-    agreement = found["agreement"]
-    over = {name: found["over_seeds"][name] for name in MEASURES}
-    means = [
-        {"run": "mean", **{name: each["mean"] for name, each in over.items()}},
-        *(
-            {"run": f"95 % {word}", **{name: each["interval"][end] for name, each in over.items()}}
-            for end, word in enumerate(("from", "to"))
-        ),
-    ]
-    text = [
-        as_lines({name: found[name] for name in ("method", "requested", "ablation", "metric", "n")}),
-        as_columns([*found["circuits"], *means], ("run", *MEASURES)),
-        as_columns(agreement["pairs"], tuple(agreement["pairs"][0])),
-        f"Edges that all find: {', '.join(agreement['shared']) or 'none'}",
-    ]
-    return Printout(content={**found, **clock}, text="\n\n".join(text))
-
-
-def reason(options: argparse.Namespace) -> Printout:
-    """The measures of a reasoner at one checkpoint, or through training."""
-    from apps.reasoning import measured_steps, reasoner_task, reasoning_of, reasoning_through
-    from workbench.training.checkpoints import load
-
-    if options.checkpoint != "all":
-        return _analyse(options, "reasoning", reasoning_of, {"n": options.n})
-    run = load(options.run, runs=options.runs)
-    reasoner_task(run)
-    told, total = count(1), len(measured_steps(run))
-    with share_bar(f"reason {options.run}") as on_progress:
-
-        def through(run: Run, step: int | None, *, n: int) -> Result:
-            return reasoning_through(run, n=n, on_step=lambda: on_progress(next(told) / total))
-
-        once = argparse.Namespace(**{**vars(options), "checkpoint": None})
-        printout = _analyse(once, "reasoning_history", through, {"n": options.n})
-    # As text the last checkpoint's rows: those of all are for programs.
-    last = [row for row in printout.content["rows"] if row["step"] in (None, run.checkpoint().step)]
-    return replace(printout, text=as_lines(scalars(printout.content)) + "\n\n" + as_columns(last, tuple(last[0])))
-
-
-def decompile(options: argparse.Namespace) -> Printout:
-    """A Transformer Program as a Python module."""
-    from apps.programs import decompile_run
-    from workbench.training.checkpoints import load
-
-    with stopwatch() as clock:
-        found = decompile_run(load(options.run, runs=options.runs), _step(options.checkpoint), budget=options.budget)
-        write_atomic(options.out, found.text.encode())
-    content = {"run": options.run, "out": str(options.out), **found.summary(), **clock}
-    return Printout(content=content, text=as_lines(content))
-
-
-def trace(options: argparse.Namespace) -> Printout:
-    """Path merging in a search run, at one checkpoint or all."""
-    from apps.tracing import COLUMNS, printed_rows, traces_of
-
-    arguments = {name: getattr(options, name) for name in ("n", "lookahead", "seed")}
-    with share_bar(f"trace {options.run}") as on_progress:
-        printout = _analyse(options, "path_traces", partial(traces_of, on_progress=on_progress), arguments)
-    if options.checkpoint == "all":
-        return printout
-    content = printout.content
-    parts = [as_columns(printed_rows(content), COLUMNS)]
-    if content["causal"]:
-        conditions = content["causal"]["conditions"]
-        parts.append(as_columns(conditions, tuple(conditions[0])))
-        parts.append(as_lines({name: value for name, value in content["causal"].items() if name != "conditions"}))
-    last = {name: content[name] for name in ("step", "skipped", "seconds_per_input", "seconds")}
-    return replace(printout, text="\n\n".join([*parts, as_lines(last)]))
-
-
-def scorecard(options: argparse.Namespace) -> Printout:
-    """The score card."""
-    from circuits.scorecard import scorecard as make_card
-
-    with stopwatch() as clock, share_bar("scorecard") as on_progress:
-        card = make_card(
-            finders=_listed(options.methods),
-            circuits=_listed(options.circuits),
-            ablations=_listed(options.ablations),
-            on_progress=on_progress,
-        )
-    if options.out is not None:
-        for table in card.tables():
-            write_atomic(options.out / f"{table.name}.csv", table.csv().encode())
-    text = "\n\n".join(table.frame.to_string(index=False, float_format="{:.3f}".format) for table in card.tables())
-    return Printout(content={**card.summary(), **clock}, text=text)
-
-
 def bench(options: argparse.Namespace) -> Printout:
     """Benchmarks, one after another."""
-    from apps.benchmarks import BENCHMARKS, run_benchmark
+    from apps.bench_table import bench as measure
 
-    found = [run_benchmark(name, repeats=options.repeats).summary() for name in options.names or BENCHMARKS]
-    columns = ("name", "ratio", "ratio_interval", "gate", "met", "agreement", "gemm_share", "n", "peer")
-    met = all(each["met"] for each in found)
-    return Printout(content={"benchmarks": found, "met": met}, text=as_columns(found, columns))
+    return measure(options)
 
 
 def import_model(options: argparse.Namespace) -> Printout:
@@ -358,70 +174,6 @@ def doctor(options: argparse.Namespace) -> Printout:
     return Printout(content=content, text=as_lines(content))
 
 
-def _analyse(
-    options: argparse.Namespace,
-    name: str,
-    compute: Callable[..., Result],
-    arguments: Mapping[str, Any],
-    on_progress: Callable[[float], None] | None = None,
-) -> Printout:
-    """An analysis at one checkpoint or all; one that tells its progress is told here whom."""
-    from apps.analyses import kept
-    from workbench.training.checkpoints import load
-
-    run = load(options.run, runs=options.runs)
-
-    def telling(done: int, total: int) -> Callable[..., Result]:
-        tell = on_progress
-        return compute if tell is None else partial(compute, on_progress=lambda share: tell((done + share) / total))
-
-    if options.checkpoint == "all":
-        total = len(run.checkpoints)
-        with stopwatch() as clock:
-            found = [
-                kept(run, name, telling(done, total), each.step, arguments) for done, each in enumerate(run.checkpoints)
-            ]
-        content = {"run": run.reference, "checkpoints": found, **clock}
-        return Printout(content=content, text="\n\n".join(as_lines(scalars(each)) for each in found))
-    with stopwatch() as clock:
-        found_one = kept(run, name, telling(0, 1), _step(options.checkpoint), arguments)
-    rows = next((found_one[name] for name in ROWS if found_one.get(name)), None)
-    text = as_lines(scalars(found_one)) + ("\n\n" + as_columns(rows, tuple(rows[0])) if rows else "")
-    return Printout(content={**found_one, **clock}, text=text)
-
-
-def _export_circuit(options: argparse.Namespace, arguments: Mapping[str, Any]) -> None:
-    """Write the circuit that is kept of a checkpoint into a file of the format that its name asks for."""
-    from apps.analyses import key_of
-    from circuits.exchange import load_circuit, save_circuit
-    from workbench.training.checkpoints import load
-
-    run = load(options.run, runs=options.runs)
-    kept = run.folder.results / key_of(run, "circuit", _step(options.checkpoint), arguments)
-    save_circuit(options.out, load_circuit(kept / "circuit.json"))
-
-
-def _listed(names: str | None) -> list[str] | None:
-    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _positions(names: str | None) -> tuple[int, ...] | None:
-    if names is None:
-        return None
-    listed = _listed(names) or []
-    if not listed or not all(name.isdecimal() for name in listed):
-        raise WorkbenchError(f"--positions takes numbers from 0, comma-separated, got {names!r}.")
-    return tuple(map(int, listed))
-
-
-def _step(checkpoint: str | None) -> int | None:
-    if checkpoint is None:
-        return None
-    if not checkpoint.isdecimal():
-        raise WorkbenchError(f"--checkpoint takes a step or 'all', got {checkpoint!r}.")
-    return int(checkpoint)
-
-
 def _run_to_start(options: argparse.Namespace) -> tuple[Recipe, RunFolder]:
     from workbench.training.recipes import find_recipe
 
@@ -462,21 +214,25 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def list_runs(root: Path | None = None) -> list[dict[str, Any]]:
-    """A row for each run and for each of the gallery; one that cannot be read says so in its row."""
+    """A row for each run, the gallery's too, and each donor of a real model; one that cannot be read says so."""
     from workbench.training.checkpoints import load
+    from workbench.training.text_donors import donor_names, load_donor
 
+    names = [*run_names(root), *(f"gallery:{name}" for name in gallery_names())]
+    described = {name: lambda name: describe_run(load(name, runs=root)) for name in names}
+    described |= {name: lambda name: describe_donor(load_donor(name, runs=root)) for name in donor_names(root)}
     rows = []
-    for name in [*run_names(root), *(f"gallery:{name}" for name in gallery_names())]:
+    for name, describe in described.items():
         try:
-            rows.append(describe_run(load(name, runs=root)))
+            rows.append(describe(name))
         except WorkbenchError as error:
             rows.append(dict.fromkeys(RUN_COLUMNS) | {"run": name, "status": f"unreadable: {error}"})
     return rows
 
 
 def accuracies(run: Run) -> dict[str, float]:
-    """The last accuracy on each split that is measured; where there are OOD facts, test's goes by `id` too."""
-    last, measured = run.log.rows[-1], run.task.measured
+    """The accuracy it ended with on each split that is measured; where there are OOD facts, test's goes by `id` too."""
+    last, measured = run.last, run.task.measured
     found = {f"{split}_accuracy": last[f"{split}_accuracy"] for split in measured}
     has_ood = any("ood" in split for split in measured)
     return {**found, **({"id_accuracy": found["test_accuracy"]} if has_ood else {})}
@@ -484,7 +240,7 @@ def accuracies(run: Run) -> dict[str, float]:
 
 def describe_run(run: Run) -> dict[str, Any]:
     """A run in one row."""
-    last = run.log.rows[-1] if run.log.rows else {}
+    last = run.last
     status = "training" if run.folder.busy else str(run.status["reason"])
     return {
         "run": run.reference,
@@ -494,6 +250,18 @@ def describe_run(run: Run) -> dict[str, Any]:
         "step_memorised": run.log.step_memorised,
         "step_generalised": run.log.step_generalised,
         "status": status,
+    }
+
+
+def describe_donor(donor: TextDonor) -> dict[str, Any]:
+    """A donor of a real model in one row."""
+    recipe = donor.recipe
+    return dict.fromkeys(RUN_COLUMNS) | {
+        "run": donor.reference,
+        "recipe": f"{recipe.base} {recipe.task}-{recipe.way}",
+        "steps": recipe.steps,
+        "test_accuracy": donor.log["test_accuracy"],
+        "status": "finished",
     }
 
 

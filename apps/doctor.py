@@ -46,6 +46,7 @@ def examine() -> dict[str, object]:
 
     from workbench.kernels.dispatch import kernels_for
     from workbench.runtime import code_version, pick_device, thread_count
+    from workbench.training.capture import launch_on
 
     return {
         "workbench": code_version(),
@@ -60,6 +61,7 @@ def examine() -> dict[str, object]:
             "training": "reads-only",
             "instrumented": "reference",
             "fused": kernels_for(pick_device()).name,
+            "launch": launch_on(pick_device()),
         },
         "collisions": intruders(),
     }

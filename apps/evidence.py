@@ -3,14 +3,15 @@
 `gather` runs the standard analyses once. One that does not apply (Fourier analysis of imported pairs, say) or that the
 run refuses (no headroom) is left out with its reason. `claims` then holds what was found against what the literature
 leads one to expect of a grokked network; what fails is reported like what holds. Runs on composition, comparison and
-graph search have evidence and claims of their own, in `apps.reasoner_evidence` and `apps.search_evidence`.
+graph search and Transformer Programs have evidence and claims of their own, in `apps.reasoner_evidence`,
+`apps.search_evidence` and `apps.program_evidence`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from apps.agreements_of_runs import FinderCircuits, finders_of
@@ -28,6 +29,7 @@ from apps.analyses import (
 from apps.circuits_of_runs import circuit_of, clusters_of, history_of
 from apps.claims import Claim, at_least, at_most
 from apps.probe_sections import ProbeEvidence, gather_probes
+from apps.program_evidence import ProgramEvidence, gather_program, program_claims
 from apps.reasoner_evidence import ReasonerEvidence, gather_reasoner, reasoner_claims
 from apps.reasoner_rows import Reasoner
 from apps.search_evidence import SearchEvidence, gather_search, search_claims
@@ -39,6 +41,7 @@ from probes.attribution import Attribution, direct_logit_attribution
 from probes.fourier import FourierResult
 from probes.logit_lens import Trajectory
 from probes.progress import ProgressMeasures
+from workbench.models.program_config import ProgramConfig
 from workbench.runtime import WorkbenchError
 from workbench.tasks.graph_search import GraphSearch
 from workbench.training.checkpoints import MEASURES, Run
@@ -59,33 +62,35 @@ class Evidence:
     """What the analyses of a run found; None where one was left out."""
 
     run: Run
-    final: FourierResult | None
-    memorised: FourierResult | None
+    final: FourierResult | None = None
+    memorised: FourierResult | None = None
     """The control: the checkpoint of memorising, with the final one's key frequencies."""
-    shuffled: FourierResult | None
+    shuffled: FourierResult | None = None
     """The control: the final checkpoint with its residues relabelled at random."""
-    progress: ProgressMeasures | None
-    patches: PatchMap | None
-    lens: Trajectory | None
-    attribution: Attribution | None
+    progress: ProgressMeasures | None = None
+    patches: PatchMap | None = None
+    lens: Trajectory | None = None
+    attribution: Attribution | None = None
     """By component."""
-    heads: Attribution | None
+    heads: Attribution | None = None
     """The same with attention split into heads."""
-    circuit: Evaluation | None
+    circuit: Evaluation | None = None
     """The smallest circuit that does the task."""
-    finders: FinderCircuits | None
+    finders: FinderCircuits | None = None
     """Whether other finders, and other pairs, give the same circuit."""
-    clusters: ClusterShares | None
+    clusters: ClusterShares | None = None
     """What the neurons of each key frequency carry."""
-    history: CircuitHistory | None
+    history: CircuitHistory | None = None
     """The circuit of that size at every checkpoint."""
-    reasoner: ReasonerEvidence | None
+    reasoner: ReasonerEvidence | None = None
     """What a run on composition or comparison has formed; None of another run."""
-    probing: ProbeEvidence | None
+    probing: ProbeEvidence | None = None
     """Probes of the latents, and the tuned lens."""
-    search: SearchEvidence | None
+    search: SearchEvidence | None = None
     """What a run on graph search does and holds; None of another run."""
-    left_out: Mapping[str, str]
+    program: ProgramEvidence | None = None
+    """What a Transformer Program does and says; None of another run."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
     """Why an analysis is not there, by its name."""
 
 
@@ -101,6 +106,12 @@ def gather(run: Run) -> Evidence:
             return None
 
     split, n = pairs_to_look_at(run)
+    if isinstance(run.recipe.model, ProgramConfig):
+        # Its variables are patched like any others; what reads a residual stream finds none.
+        patches = attempt("activation patching", lambda: patch_of(run, n=n, split=split))
+        program = attempt("decompiling", lambda: gather_program(run))
+        left_out |= {} if program is None else program.left_out
+        return Evidence(run=run, patches=patches, program=program, left_out=left_out)
     is_reasoner, is_search = isinstance(run.task, Reasoner), isinstance(run.task, GraphSearch)
     final = None if is_reasoner or is_search else attempt("Fourier analysis", lambda: fourier_of(run))
     # The circuit of a search is one of positions, which its trace is.
@@ -175,6 +186,8 @@ def claims(evidence: Evidence) -> tuple[Claim, ...]:
         return reasoner_claims(evidence.reasoner)
     if evidence.search is not None:
         return search_claims(evidence.search)
+    if isinstance(evidence.run.recipe.model, ProgramConfig):
+        return () if evidence.program is None else program_claims(evidence.program)
     return (*_training_claims(evidence.run), *_fourier_claims(evidence), *_progress_claims(evidence))
 
 

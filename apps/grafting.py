@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from apps.analyses import kept
+from apps.analyses import kept_under
+from apps.graft_pairs import Pair, delta_of, examples_of, open_pairs, pair_of_runs
 from apps.printing import Printout, as_columns, as_lines, progress_bar, scalars, share_bar, stopwatch
-from circuits.graft_judgement import GraftJudgement, judge
-from circuits.graft_masks import Labelled, OnProgress, find_graft
-from circuits.grafting import Delta, Graft
+from circuits.graft_judgement import JUDGEMENT, GraftJudgement, judge, read_judgement
+from circuits.graft_masks import STEPS, OnProgress, find_graft
+from circuits.grafting import Graft
 from workbench.intervals import columns_of, student_of
-from workbench.runtime import WorkbenchError, code_version
-from workbench.store import Provenance, new_run
-from workbench.tasks.base import Batch
-from workbench.tasks.skills import ANSWERS
+from workbench.models.real_models import PREFIX, load_real_model
+from workbench.runtime import WorkbenchError
+from workbench.store import kept_result, new_run, result_key
 from workbench.training.checkpoints import Run, load
 from workbench.training.finetune import donor_recipe
 from workbench.training.loop import train
+from workbench.training.text_donors import teach, text_recipe
 
-EXAMPLES = 1_024
-"""Examples on which a region is found, as published."""
 MEASURES = ("weights", "density", "accuracy", "relative_gain", "agreement", "ece", "ece_debiased", "nll")
 COLUMNS = ("weights_of", "weights", "accuracy", "relative_gain", "low", "high", "agreement", "nll", "ece")
 
 
 def finetune(options: argparse.Namespace) -> Printout:
     """Train a donor, or go on with one."""
+    return _finetune_real(options) if options.base.startswith(PREFIX) else _finetune_run(options)
+
+
+def _finetune_run(options: argparse.Namespace) -> Printout:
+    """A donor of a run."""
     with stopwatch() as clock:
         base = load(options.base, runs=options.runs)
         recipe = donor_recipe(base, options.task, way=options.way, seed=options.seed).override(options.set)
@@ -57,67 +61,98 @@ def finetune(options: argparse.Namespace) -> Printout:
     return Printout(content=content, text=as_lines(content))
 
 
+def _finetune_real(options: argparse.Namespace) -> Printout:
+    """A donor of a real model."""
+    if options.resume:
+        raise WorkbenchError("A real model's donor is made in one go: leave --resume out, and choose another --run.")
+    with stopwatch() as clock:
+        base = load_real_model(options.base)
+        recipe = text_recipe(base, options.task, way=options.way, seed=options.seed).override(options.set)
+        name = options.base.removeprefix(PREFIX).rpartition("/")[2]
+        folder = new_run(f"{name}-{recipe.task}-{recipe.way}" if options.run is None else options.run, options.runs)
+        with share_bar(f"finetune {folder.reference}") as on_progress:
+            donor = teach(base, recipe, folder, on_progress=on_progress)
+    content = {"run": folder.reference, "base": options.base, **donor.log, **clock}
+    return Printout(content=content, text=as_lines(content))
+
+
 def graft(options: argparse.Namespace) -> Printout:
     """Find and judge a graft of each donor; with several, their means with Student's intervals."""
-    base = load(options.base, runs=options.runs)
-    donors = [load(name, runs=options.runs) for name in options.donors]
-    if len({donor.task for donor in donors}) > 1:
+    pairs = open_pairs(options.base, options.donors, options.runs)
+    if any(pair.task != pairs[0].task for pair in pairs):
         raise WorkbenchError("The donors learnt different tasks: name donors of one task, and judge others apart.")
-    foreign = None if options.foreign is None else load(options.foreign, runs=options.runs)
+    foreign = None if options.foreign is None else open_pairs(options.base, [options.foreign], options.runs)[0]
+    told = {name: getattr(options, name) for name in ("method", "density", "seed", "steps", "examples")}
     found: list[dict[str, Any]] = []
     with stopwatch() as clock, share_bar(f"graft {', '.join(options.donors)}") as on_progress:
-        for place, donor in enumerate(donors):
-            arguments = {"method": options.method, "density": options.density, "seed": options.seed}
-            told = {
-                **arguments,
-                "base": base.checkpoint().sha256,
-                "foreign": None if foreign is None else foreign.checkpoint().sha256,
-            }
-            compute = partial(
-                _kept_graft, base_run=base, foreign_run=foreign, on_progress=_part(on_progress, place, len(donors))
-            )
-            found.append(kept(donor, "graft", compute, None, told))
+        for place, pair in enumerate(pairs):
+            part = _part(on_progress, place, len(pairs))
+            compute = partial(graft_in, pair, foreign=foreign, on_progress=part, **told)
+            summary = kept_under(pair.folder, _key(pair, foreign, told), compute)
+            found.append({"run": pair.reference, "step": pair.step, **summary})
     over_seeds = _over_seeds(found)
-    content = {"base": base.reference, **over_seeds, "seeds": len(donors), **clock}
-    means = [as_lines({**scalars(over_seeds), "seeds": len(donors)})] if len(donors) > 1 else []
+    content = {"base": options.base, **over_seeds, "seeds": len(pairs), **clock}
+    means = [as_lines({**scalars(over_seeds), "seeds": len(pairs)})] if len(pairs) > 1 else []
     return Printout(content=content, text="\n\n".join([*map(_as_text, found), *means]))
 
 
-def graft_of(
-    base: Run,
-    donor: Run,
+def graft_of(base: Run, donor: Run, *, foreign: Run | None = None, **options: Any) -> GraftJudgement:
+    """A graft of a run's donor at its last checkpoint: `graft_in` of the two."""
+    other = None if foreign is None else pair_of_runs(base, foreign)
+    return graft_in(pair_of_runs(base, donor), foreign=other, **options)
+
+
+def graft_in(
+    pair: Pair,
     *,
     method: str = "learned",
     density: float = 0.01,
-    foreign: Run | None = None,
+    foreign: Pair | None = None,
     seed: int = 0,
+    steps: int = STEPS,
+    examples: int | None = None,
     on_progress: OnProgress = lambda share: None,
 ) -> GraftJudgement:
-    """A graft of a donor at its last checkpoint, found on its training examples and judged on its test.
+    """A graft of a donor, found on its training examples, so many of them, and judged on its test.
 
     Raises:
-        WorkbenchError: the donor did not begin with this base's weights, the density is not one, or the method unknown.
+        WorkbenchError: the donor did not begin with this base's weights, the density is not one, the method unknown, or
+            there are no examples.
     """
-    delta = delta_of(base, donor)
-    train_part, val, test = (examples_of(base, donor, split) for split in ("train", "val", "test"))
-    found = find_graft(
-        delta, train_part, method=method, density=density, seed=seed, on_progress=lambda share: on_progress(share / 2)
-    )
+    delta = pair.delta()
+    train_part, val, test = pair.examples_to_learn(examples), pair.examples("val"), pair.examples("test")
+    chosen = {"method": method, "density": density, "seed": seed, "steps": steps}
+    found = find_graft(delta, train_part, on_progress=lambda share: on_progress(share / 2), **chosen)
     return judge(
         found,
         train_part,
         val,
         test,
-        foreign=None if foreign is None else delta_of(base, foreign),
+        foreign=None if foreign is None else foreign.delta(),
         seed=seed,
+        steps=steps,
         on_progress=lambda share: on_progress(0.5 + share / 2),
-        provenance=Provenance(
-            code_version=code_version(),
-            recipe=donor.recipe.name,
-            seed=donor.recipe.trainable().batch_seed,
-            parents=(base.checkpoint().sha256, donor.checkpoint().sha256),
-        ),
+        provenance=pair.provenance,
     )
+
+
+def kept_graft(
+    pair: Pair,
+    *,
+    method: str = "learned",
+    density: float = 0.01,
+    foreign: Pair | None = None,
+    seed: int = 0,
+    steps: int = STEPS,
+    examples: int | None = None,
+) -> Callable[[], GraftJudgement] | None:
+    """What reads the same graft, as `workbench graft` kept it; None if it did not."""
+    told = {"method": method, "density": density, "seed": seed, "steps": steps, "examples": examples}
+    path = kept_result(pair.folder, _key(pair, foreign, told))
+    if path is None:
+        return None
+    file = path / JUDGEMENT
+    return lambda: read_judgement(file.read_bytes(), pair.delta(), method=method, provenance=pair.provenance)
 
 
 def learn_regions(base: Run, donors: Mapping[str, Run], *, method: str, density: float) -> dict[str, Graft]:
@@ -128,49 +163,10 @@ def learn_regions(base: Run, donors: Mapping[str, Run], *, method: str, density:
     }
 
 
-def delta_of(base: Run, donor: Run) -> Delta:
-    """What the donor's blocks have that the base's have not.
-
-    Raises:
-        WorkbenchError: the donor did not begin with the base's last weights, or has another shape.
-    """
-    start = donor.recipe.start
-    if start is None or start.sha256 != base.checkpoint().sha256:
-        began = "with weights of its own" if start is None else f"with {start.run!r} at step {start.step}"
-        raise WorkbenchError(
-            f"{donor.reference!r} did not begin with {base.reference!r} but {began}: a graft is between a base and "
-            f"what was fine-tuned from it. Make one: `workbench finetune {base.reference} tone`."
-        )
-    names = [name for name, _ in base.model().named_parameters() if name.startswith("weights.")]
-    return Delta.between(base.checkpoint().tensors(), donor.checkpoint().tensors(), names)
-
-
-def examples_of(base: Run, donor: Run, split: str) -> Labelled:
-    """A split of the donor's task, for the base's model: yes or no, read at the question."""
-    batch = donor.task.examples(split)
-    return labelled(base, batch.select(slice(EXAMPLES)) if split == "train" else batch)
-
-
-def labelled(base: Run, batch: Batch) -> Labelled:
-    """Prompts of any skill, for the base's model."""
-    return Labelled(module=base.model(), batches=[(batch.tokens, batch.targets[batch.read])], read=_answers)
-
-
-def _answers(logits: torch.Tensor) -> torch.Tensor:
-    return logits[:, -1, : len(ANSWERS)]
-
-
-def _kept_graft(
-    donor: Run,
-    step: int | None,
-    *,
-    base_run: Run,
-    foreign_run: Run | None,
-    on_progress: OnProgress,
-    **told: Any,
-) -> GraftJudgement:
-    chosen = {name: told[name] for name in ("method", "density", "seed")}
-    return graft_of(base_run, donor, foreign=foreign_run, on_progress=on_progress, **chosen)
+def _key(pair: Pair, foreign: Pair | None, told: Mapping[str, Any]) -> str:
+    """Under which a graft is kept with its donor."""
+    parents = [*pair.provenance.parents, *(() if foreign is None else foreign.provenance.parents)]
+    return result_key("graft", {"reference": pair.recipe, **told}, parents)
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

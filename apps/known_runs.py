@@ -18,6 +18,7 @@ from circuits.own_files import to_json
 from circuits.truths import ablations_of, load_known
 from workbench.metrics import metric
 from workbench.models.known import ABLATIONS, Ablation, KnownCircuit
+from workbench.models.transformer import Transformer
 from workbench.runtime import WorkbenchError
 from workbench.tasks.pairs import Pairs
 from workbench.training.checkpoints import Run
@@ -42,6 +43,7 @@ def import_known(reference: str, *, name: str | None = None, runs: Path | None =
         WorkbenchError: there is none of that name, its answers are read at several places, or the run exists.
     """
     known = load_known(reference.removeprefix(PREFIX))
+    assert isinstance(known.model, Transformer)
     task = _pairs(known)
     files = {
         f"{FOLDER}/{ablation}.json": to_json(_truth(known, ablation, n=len(task.clean)))
@@ -77,6 +79,7 @@ def _pairs(known: KnownCircuit) -> Pairs:
             f"Known circuit {known.name!r} is read at several places of a prompt, and a run's pairs at one. "
             f"`workbench scorecard --circuits {known.name}` scores it."
         )
+    assert isinstance(known.model, Transformer)
     config, (corrupt, distractor) = known.model.config, batch.pairs()
     vocab = known.vocab or map(str, range(config.d_vocab))
     lengths = (batch.read.int().argmax(1) + 1).tolist()

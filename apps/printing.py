@@ -28,9 +28,14 @@ class Printout:
 
 
 def scalars(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What fits on a line; lists of rows have tables of their own or are for programs."""
-    lists = {key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
-    return {key: value for key, value in content.items() if key not in lists}
+    """What fits on a line; rows, and what holds rows, have tables of their own or are for programs."""
+    return {key: value for key, value in content.items() if not _holds_rows(value)}
+
+
+def _holds_rows(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_rows, value.values()))
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def as_lines(content: Mapping[str, Any]) -> str:

@@ -3,6 +3,9 @@
 For every latent of the run's task, site and position: accuracy of a linear probe on groups held out, with its control
 task; compression; and the amnesic effect, on the prompts held out and on OOD ones where the task has any. Each stands
 beside the same of the model as it was before training.
+
+A search has one latent more, which has no place of its own: which vertices can be reached from each edge, and which
+reach it. It is asked by `probes.reachability`, after every layer.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import pandas as pd
 import torch
 
 from apps.analyses import SEED
+from apps.searching import search_task
 from circuits.amnesic import HELD_OUT, AmnesicMap, amnesic
 from probes.description_length import DescriptionLengths, description_length
 from probes.linear import ProbeMap, linear_probe
+from probes.reachability import ReachabilityMap, reachability, reachability_tables
 from workbench.instrument.sites import Site, select_sites
 from workbench.intervals import columns_of
 from workbench.models.transformer import Transformer
@@ -26,6 +31,7 @@ from workbench.runtime import WorkbenchError, generator
 from workbench.store import Provenance
 from workbench.tables import Table
 from workbench.tasks.base import Batch, Task, check_choice
+from workbench.tasks.graph_search import GraphSearch
 from workbench.tasks.groups import in_several_groups
 from workbench.training.checkpoints import Run
 
@@ -34,6 +40,8 @@ PROMPTS = 1000
 WIDTH_SHARE = 4
 """At most one direction in so many is taken out: of a state that lost nearly all, the control says nothing."""
 OOD = "ood"
+REACHABILITY = "reachability"
+"""What a search is asked for beside the latents of its prompts."""
 TRAINED, UNTRAINED = "trained", "untrained"
 MEASURES = {
     "accuracy": ("accuracy", "Accuracy of a linear probe on prompts of groups held out."),
@@ -87,6 +95,8 @@ class Probing:
     split: str
     left_out: Mapping[str, str]
     """Why a latent is not there, by its name."""
+    reached: ReachabilityMap | None
+    """What a search's stream knows of reachability; None of another task."""
     provenance: Provenance
 
     @property
@@ -102,10 +112,11 @@ class Probing:
             "amnesic": list(self.forgotten),
             "latents": list(self.sizes),
             "left_out": dict(self.left_out),
+            **({} if self.reached is None else {REACHABILITY: self.reached.summary()}),
         }
 
     def tables(self) -> Sequence[Table]:
-        """A heat map for each latent and measure, and everything in two tables."""
+        """A heat map for each latent and measure, everything in tables, and the curves of reachability."""
         return probing_tables(self.summary())
 
 
@@ -123,10 +134,12 @@ def probing_tables(summary: Mapping[str, Any]) -> list[Table]:
         "amnesic": (summary["amnesic"], f"Answers with a latent's directions taken out, and with random ones. {about}"),
         "probe_sizes": (summary["latents"], f"Classes, groups and prompts of each latent. {about}"),
     }
-    return maps + [
+    rest = [
         Table(name=name, frame=pd.DataFrame(rows), kind="table", axes={}, unit="", caption=caption)
         for name, (rows, caption) in plain.items()
+        if rows
     ]
+    return [*maps, *rest, *(reachability_tables(summary[REACHABILITY]) if REACHABILITY in summary else ())]
 
 
 def _heatmap(cells: pd.DataFrame, sizes: Mapping[str, Any], measure: str, split: str) -> Table:
@@ -165,9 +178,9 @@ def probes_of(
     Args:
         run: whose model and task.
         step: its checkpoint; None is the last.
-        latent: its name; None takes all.
-        sites: as `select_sites` takes them.
-        positions: None is all.
+        latent: its name, of a search also `reachability`; None takes all.
+        sites: as `select_sites` takes them; reachability is read at every edge, after every layer, whatever they are.
+        positions: None is all; likewise.
         n: prompts, or all that the split has.
         split: where they are drawn from.
         on_progress: told the share that is done.
@@ -178,26 +191,32 @@ def probes_of(
     batch = draw_prompts(run.task, n, split)
     others = _ood_prompts(run.task, n, split)
     if not batch.latents:
-        raise WorkbenchError(
-            f"Prompts of split {split!r} of task {run.task.name!r} have no latents to probe. Choose another split: "
-            f"{', '.join(run.task.splits)}."
+        with_latents = [name for name in run.task.splits if run.task.examples(name).latents]
+        remedy = (
+            f"Choose another split: {', '.join(with_latents)}." if with_latents else "No split of the task has any."
         )
+        raise WorkbenchError(f"Prompts of split {split!r} of task {run.task.name!r} have no latents to probe. {remedy}")
+    offered = (*batch.latents, *((REACHABILITY,) if isinstance(run.task, GraphSearch) else ()))
     if latent is not None:
-        check_choice("latent", latent, tuple(batch.latents))
-    wanted = tuple(batch.latents) if latent is None else (latent,)
+        check_choice("latent", latent, offered)
+    wanted = offered if latent is None else (latent,)
     model = run.model(step)
     places: Places = (select_sites(sites, model), positions)
     found: dict[str, dict[str, Looked]] = {}
     left_out: dict[str, str] = {}
+    reached = None
     for done, name in enumerate(wanted):
         try:
-            trained = _look(model, _usable(batch, name), others, name, places)
-            on_progress((done + 0.5) / len(wanted))
-            found[name] = {TRAINED: trained, UNTRAINED: _look_before(run, name, places, n, split)}
+            if name == REACHABILITY:
+                reached = reachability_of(run, step, n=n, split=split)
+            else:
+                trained = _look(model, _usable(batch, name), others, name, places)
+                on_progress((done + 0.5) / len(wanted))
+                found[name] = {TRAINED: trained, UNTRAINED: _look_before(run, name, places, n, split)}
         except WorkbenchError as error:
             left_out[name] = str(error)
         on_progress((done + 1) / len(wanted))
-    if not found:
+    if not found and reached is None:
         raise WorkbenchError(left_out[wanted[0]])
     return Probing(
         cells=tuple(row for name, looked in found.items() for row in _cells(name, looked, run.task.position_labels)),
@@ -210,8 +229,26 @@ def probes_of(
         sizes=tuple(_sizes(looked[TRAINED], len(batch)) for looked in found.values()),
         split=split,
         left_out=left_out,
+        reached=reached,
         provenance=model.provenance,
     )
+
+
+def reachability_of(run: Run, step: int | None = None, *, n: int = PROMPTS, split: str = "test") -> ReachabilityMap:
+    """What a search's stream knows of reachability at a checkpoint, beside the untrained model.
+
+    Args:
+        run: on graph search.
+        step: checkpoint; None is the last.
+        n: prompts that are drawn, of which those without a counterfactual drop out: those with one way to go.
+        split: where they are drawn from.
+
+    Raises:
+        WorkbenchError: the run learnt something else, or too few different graphs.
+    """
+    task = search_task(run, "Reachability is asked of")
+    batch = draw_prompts(task, n, split)
+    return reachability(run.model(step), task, batch, untrained=untrained_model(run), seed=SEED)
 
 
 def untrained_model(run: Run) -> Transformer:

@@ -6,6 +6,7 @@ the second relation can be read off, where they decide the answer, and which hop
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -204,6 +205,17 @@ def reasoning_through(
         WorkbenchError: the run learnt something else than composition or comparison.
     """
     return _measured(run, measured_steps(run, count), n, on_step)
+
+
+def reasoning_joined(run: Run, found: Sequence[Mapping[str, Any]]) -> ReasoningMeasures:
+    """What was found at several checkpoints, in the order of training, as one; each a summary of `reasoning_of`."""
+    rows: dict[str, Row] = {}
+    # A row that stands in several, such as a reference line, is kept once.
+    for each in found:
+        rows |= {json.dumps(row): row for row in each["rows"]}
+    middle, steps = found[-1]["middle"], {row["step"] for row in rows.values()}
+    provenance = replace(run.provenance(run.checkpoint()), parents=_parents(run, {*steps, run.checkpoint().step}))
+    return ReasoningMeasures(rows=list(rows.values()), middle=middle and Site.parse(middle), provenance=provenance)
 
 
 def measured_steps(run: Run, count: int = CHECKPOINTS) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """The sections of a report, from the summary to the last analysis.
 
 A section is text and tables; how it looks on the page is not its business. What only a run on composition or comparison
-has is in `apps.reasoner_sections`, what only a run on graph search has in `apps.search_sections`.
+has is in `apps.reasoner_sections`, what only a run on graph search has in `apps.search_sections`, and what only a
+Transformer Program has in `apps.program_sections`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pandas as pd
 from apps.claims import Claim, claims_tables
 from apps.evidence import Evidence, claims
 from apps.probe_sections import probe_sections
+from apps.program_sections import FRIEDMAN, describe_program, program_sections
 from apps.reasoner_sections import WANG, reasoner_sections
 from apps.search_sections import SAPAROV, search_sections
 from apps.sections import Section
@@ -21,6 +23,7 @@ from apps.shipped_card import shipped_card
 from apps.training_section import training_section
 from probes.fourier import LOSS_LABELS, FourierResult
 from workbench.intervals import Estimate
+from workbench.models.program_config import ProgramConfig
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
 from workbench.training.recipe import Recipe
@@ -36,6 +39,7 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
         training_section(evidence.run),
         *(() if evidence.reasoner is None else reasoner_sections(evidence.reasoner)),
         *(() if evidence.search is None else search_sections(evidence.search)),
+        *(() if evidence.program is None else program_sections(evidence.program)),
         _progress(evidence),
         _fourier(evidence),
         _controls(evidence),
@@ -60,13 +64,15 @@ def _summary(evidence: Evidence) -> Section:
     if evidence.final is not None:
         keys = ", ".join(map(str, evidence.final.key_frequencies)) or "none"
         paragraphs.append(f"Key frequencies of the final checkpoint: {keys}.")
-    searches = evidence.search is not None
+    is_program = isinstance(run.recipe.model, ProgramConfig)
     if held:
-        network = "network that searches by merging paths" if searches else "grokked network"
+        network = "grokked network" if evidence.search is None else "network that searches by merging paths"
+        network = "program that was read off a model" if is_program else network
         paragraphs.append(f"Of {len(held)} findings that one expects of a {network}, {_verdict(held)}")
     paragraphs += [f"Left out: {name}. {reason}" for name, reason in evidence.left_out.items()]
     literature = ("power2022grokking", "nanda2023progress" if evidence.reasoner is None else WANG)
-    literature = (SAPAROV,) if searches else literature
+    literature = literature if evidence.search is None else (SAPAROV,)
+    literature = (FRIEDMAN,) if is_program else literature
     return Section(
         title="Summary",
         text="\n\n".join(paragraphs),
@@ -90,26 +96,27 @@ def _name(run: Run) -> str:
 def _describe(recipe: Recipe) -> str:
     facts = {name: value for name, value in recipe.task.to_json().items() if isinstance(value, int | float | str)}
     task = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if name != "name")
+    about = f"Task: {recipe.task.name}{f' ({task})' if task else ''}. "
+    if isinstance(recipe.model, ProgramConfig):
+        return about + describe_program(recipe.model)
     model = recipe.transformer
     mlp = f"{model.d_mlp} neurons ({model.activation})" if model.d_mlp else "no MLP"
     layers = f"{model.n_layers} layer{'s' if model.n_layers > 1 else ''}"
-    return (
-        f"Task: {recipe.task.name}{f' ({task})' if task else ''}. "
-        f"Model: {layers}, d_model {model.d_model}, {model.n_heads} heads of {model.d_head}, {mlp}."
-    )
+    return f"{about}Model: {layers}, d_model {model.d_model}, {model.n_heads} heads of {model.d_head}, {mlp}."
 
 
 def _story(run: Run) -> str:
     if not run.log.rows:
         return "It came trained: there is no log."
-    last, marks = run.log.rows[-1], run.log.landmarks()
+    last, marks, steps = run.last, run.log.landmarks(), run.log.rows[-1]["step"]
     reached = [
         f"{name} at step {marks[name]}" if name in marks else f"never {name}" for name in ("memorised", "generalised")
     ]
     seconds = run.status["seconds"]
     took = "" if seconds is None else f" after {seconds:.0f} s"
+    best = "" if last["step"] == steps else f", and is kept as it was at step {last['step']}, best on the split val"
     return (
-        f"It {' and '.join(reached)}, and ended at step {last['step']}{took} ({run.status['reason']}): "
+        f"It {' and '.join(reached)}, and ended at step {steps}{took} ({run.status['reason']}){best}: "
         f"test loss {last['test_loss']:.3g}, test accuracy {last['test_accuracy']:.4g}."
     )
 

@@ -10,26 +10,23 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
+from apps.accuracies_of_runs import right_of
 from apps.claims import Claim, at_least, at_most
+from apps.probing import reachability_of
+from apps.searching import search_task
 from apps.tracing import traces_of
 from circuits.path_controls import MODEL
 from circuits.path_traces import JUDGED, PathTraces
-from probes.reachability import Direction, ReachabilityMap, reachability
-from workbench.instrument.passes import run as run_model
+from probes.reachability import Direction, ReachabilityMap
 from workbench.intervals import Estimate, columns_of, share_of
-from workbench.metrics import is_right
-from workbench.models.transformer import Transformer
-from workbench.runtime import WorkbenchError, generator
+from workbench.runtime import WorkbenchError
 from workbench.tables import Table
-from workbench.tasks.base import Batch, join
 from workbench.tasks.graph_search import GraphSearch
 from workbench.training.checkpoints import Run
 
-SEED = 0
-PROBED = 400
-"""Prompts of each lookahead that the reachability probes read."""
+PROBED = 1600
+"""Test prompts that the reachability probes draw, about three quarters of which have a choice to make."""
 TRACED = 10
 """Inputs of each lookahead that are traced."""
 SOLVED = 0.99
@@ -60,53 +57,21 @@ class SearchEvidence:
         return search_task(self.run)
 
 
-def search_task(run: Run) -> GraphSearch:
-    """The run's task, where it is graph search.
-
-    Raises:
-        WorkbenchError: the run learnt something else.
-    """
-    if not isinstance(run.task, GraphSearch):
-        raise WorkbenchError(
-            f"Reachability is asked of runs on graph search; {run.reference!r} learnt {run.task.name!r}. Train one: "
-            "`workbench train search`."
-        )
-    return run.task
-
-
 def gather_search(run: Run) -> SearchEvidence:
     """Measure accuracies, what the stream knows of reachability, and what path merging explains."""
     left_out: dict[str, str] = {}
     reached = traces = None
     try:
-        reached = reachability_of(run)
+        reached = reachability_of(run, n=PROBED)
     except WorkbenchError as error:
         left_out["reachability probe"] = str(error)
     try:
-        traces = traces_of(run, n=min(TRACED, search_task(run).test_size), lookahead=None)
+        traces = traces_of(run, n=min(TRACED, search_task(run).test_size))
     except WorkbenchError as error:
         left_out["path merging"] = str(error)
     return SearchEvidence(
         run=run, accuracies=tuple(_accuracies(run)), reached=reached, traces=traces, left_out=left_out
     )
-
-
-def reachability_of(run: Run, step: int | None = None, *, n: int = PROBED, seed: int = SEED) -> ReachabilityMap:
-    """What the stream knows of reachability at a checkpoint, and at an initialisation that was never trained.
-
-    Args:
-        run: on graph search.
-        step: checkpoint; None is the last.
-        n: test prompts of each lookahead from 1 on; at 0 there is hardly a graph.
-        seed: of the choice of prompts, the split, the control task and the untrained weights.
-
-    Raises:
-        WorkbenchError: the run learnt something else, or too few different graphs.
-    """
-    task = search_task(run)
-    chosen = [_some(task.examples(f"test_{lookahead}"), n, seed) for lookahead in task.levels if lookahead]
-    untrained = Transformer(run.recipe.transformer, generator=generator(seed, "untrained")).eval()
-    return reachability(run.model(step), task, join(chosen), untrained=untrained, seed=seed)
 
 
 def lookahead_curves(run: Run) -> Table | None:
@@ -132,15 +97,11 @@ def search_claims(evidence: SearchEvidence) -> tuple[Claim, ...]:
     return (*_accuracy_claims(evidence), *_trace_claims(evidence), *_probe_claims(evidence))
 
 
-def _some(examples: Batch, n: int, seed: int) -> Batch:
-    return examples.select(torch.randperm(len(examples), generator=generator(seed, "probed prompts"))[:n])
-
-
 def _accuracies(run: Run) -> Iterator[dict[str, Any]]:
     task, model = search_task(run), run.model()
     for split in (*(f"test_{lookahead}" for lookahead in task.levels), "test_naive", "test_star"):
         batch = task.examples(split)
-        right = is_right(run_model(model, batch.tokens).logits[batch.read].argmax(1), batch)
+        right = right_of(model, batch)
         graphs = task.graphs(batch)
         useful, children = (np.bitwise_count(sets) for sets in (graphs.useful(), graphs.first))
         chance = float((useful / children).mean())

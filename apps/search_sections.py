@@ -87,9 +87,9 @@ def _reachability(evidence: SearchEvidence) -> Section | None:
         "there, and which reach it. Distance 1 stands in the edge; what is two or more edges away is known only where "
         "something was merged. A row that holds what is near, and no more, orders what is farther by chance, 0.5. But "
         "rows that count how often a vertex is named do better without any search, since the start is named often "
-        "and reaches much: the line to beat is the untrained model, another initialisation of the same shape. What a "
-        "probe reads need not be used.\n\nThe control gives every edge and vertex a random distance, the same "
-        "in all prompts: where the stream names the edge, a probe learns that by heart, so that a high control warns "
+        "and reaches much: the line to beat is the model before training. What a probe reads need not be used."
+        "\n\nThe control gives every edge and vertex a random distance, the same in all prompts: where the stream "
+        "names the edge, a probe learns that by heart, so that a high control warns "
         "of a strong probe.",
         tables=tuple(reached.tables()),
         references=("hewitt2019designing", SAPAROV, "efron1979bootstrap"),

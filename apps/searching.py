@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from workbench.instrument.passes import run as run_model
+from apps.accuracies_of_runs import right_of
 from workbench.intervals import share_of
-from workbench.metrics import is_right
+from workbench.runtime import WorkbenchError
 from workbench.tasks.graph_search import GraphSearch
 from workbench.training.checkpoints import Run
+
+
+def search_task(run: Run, what: str = "Lookaheads are measured in") -> GraphSearch:
+    """The run's task, where it is graph search.
+
+    Args:
+        run: any.
+        what: begins the sentence that says what needs such a run.
+
+    Raises:
+        WorkbenchError: the run learnt something else.
+    """
+    if not isinstance(run.task, GraphSearch):
+        raise WorkbenchError(
+            f"{what} runs on graph search; {run.reference!r} learnt {run.task.name!r}. Train one: "
+            "`workbench train search`."
+        )
+    return run.task
 
 
 def by_lookahead(run: Run) -> dict[str, dict[int, Any]]:
@@ -20,10 +38,7 @@ def by_lookahead(run: Run) -> dict[str, dict[int, Any]]:
         return {}
     model, splits = run.model(), {lookahead: f"test_{lookahead}" for lookahead in run.task.levels}
     batches = {lookahead: run.task.examples(split) for lookahead, split in splits.items()}
-    shares = {
-        lookahead: share_of(is_right(run_model(model, batch.tokens).logits[batch.read].argmax(1), batch))
-        for lookahead, batch in batches.items()
-    }
+    shares = {lookahead: share_of(right_of(model, batch)) for lookahead, batch in batches.items()}
     return {
         "accuracy_by_lookahead": {lookahead: share.mean for lookahead, share in shares.items()},
         "interval_by_lookahead": {lookahead: [share.low, share.high] for lookahead, share in shares.items()},

@@ -1,8 +1,8 @@
 """What a training step costs: all of `Trainer.step` against plain eager PyTorch, and against TransformerLens' bridge.
 
-The peer computes every position by the hooked forward, or the bridge's, and updates with torch's AdamW as it comes. The
-learning rate is too small to move a weight, so that every step of both sides has the same gradients, which are
-compared; the batch is drawn before the peer's clock starts, and while ours runs.
+The peer computes every position by the hooked forward, or the bridge's, and updates with torch's AdamW as it comes; it
+is float32 in any case. The learning rate is too small to move a weight, so that every step of both sides has the same
+gradients, which are compared; the batch is drawn before the peer's clock starts, and while ours runs.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from workbench.training.program_recipes import program_reverse
 from workbench.training.reasoner_recipes import composition
 from workbench.training.recipe import Recipe, TrainConfig
 from workbench.training.recipes import modular
-from workbench.training.search_recipes import search
+from workbench.training.search_recipes import search_curriculum
 
+TOLERANCES: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 0.05}
+"""How far gradients may be from the peer's, which are float32, by the precision of ours."""
 STILL = 1e-30
 """A learning rate that leaves float32 weights where they are."""
 Gradients = Mapping[str, Tensor]
@@ -50,24 +52,30 @@ def training_step(
 ) -> Benchmark:
     """One step of a recipe's training, against a peer's step from the same weights on the same batch."""
     recipe = make()
+    lower = " in bfloat16" if recipe.trainable().precision == "bfloat16" else ""
     return Benchmark(
         name=name,
-        compares=f"A training step of {recipe.name}: batch, forward, backward, AdamW.",
+        compares=f"A training step of {recipe.name}{lower}: batch, forward, backward, AdamW.",
         peer=peer,
         prepare=partial(_prepare, recipe, prepare),
-        agreement=_distance,
-        tolerance=1e-4,
+        agreement=distance,
+        tolerance=TOLERANCES[recipe.trainable().precision],
+        precision=getattr(torch, recipe.trainable().precision),
         target=target,
         gate=gate,
         conditions={**_shape(recipe), "batch": recipe.trainable().batch_size or "the whole training split"},
     )
 
 
-def still_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
-    """A recipe's trainer at a rate that leaves its weights where they are; not started, it writes nothing."""
+def still(recipe: Recipe) -> Recipe:
+    """The recipe at a rate that leaves its weights where they are."""
     train = replace(recipe.trainable(), learning_rate=STILL, clip_norm=None, curriculum=None)
-    folder = RunFolder(path=Path(recipe.name), reference=recipe.name)
-    return Trainer(replace(recipe, train=train), folder, accelerator)
+    return replace(recipe, train=train)
+
+
+def still_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
+    """A recipe's trainer that leaves its weights where they are; not started, it writes nothing."""
+    return Trainer(still(recipe), RunFolder(path=Path(recipe.name), reference=recipe.name), accelerator)
 
 
 def _prepare(recipe: Recipe, peer: Peer) -> tuple[Run, Run]:
@@ -80,7 +88,7 @@ def _prepare(recipe: Recipe, peer: Peer) -> tuple[Run, Run]:
     def ours() -> Gradients:
         rewind()
         trainer.step()
-        return _gradients(trainer.model)
+        return gradients(trainer.model)
 
     rewind()
     return peer(trainer, trainer.draw()[0]), ours
@@ -89,8 +97,8 @@ def _prepare(recipe: Recipe, peer: Peer) -> tuple[Run, Run]:
 def eager(trainer: Trainer, data: Dataset) -> Run:
     """The hooked forward, with every activation in the open and nothing that looks at one."""
     model = deepcopy(trainer.model)
-    step = _plain_step(model, model, trainer.config, data)
-    return lambda: (step(), _gradients(model))[1]
+    step = plain_step(model, model, trainer.config, data)
+    return lambda: (step(), gradients(model))[1]
 
 
 def bridge(trainer: Trainer, data: Dataset) -> Run:
@@ -100,7 +108,7 @@ def bridge(trainer: Trainer, data: Dataset) -> Run:
     """
     assert isinstance(trainer.model, Transformer)
     model = to_bridge(trainer.model)[0]
-    step = _plain_step(model, model, trainer.config, data)
+    step = plain_step(model, model, trainer.config, data)
     return lambda: (step(), {"pos_embed.W_pos": model.pos_embed.weight.grad})[1]
 
 
@@ -114,8 +122,8 @@ def materialised(trainer: Trainer, data: Dataset) -> Run:
         with MaterialisedReads():
             return model.relaxed(tokens, Gumbel(temperature=config.temperature_at(0), generator=draw))
 
-    step = _plain_step(forward, model, config, data)
-    return lambda: (step(), _gradients(model))[1]
+    step = plain_step(forward, model, config, data)
+    return lambda: (step(), gradients(model))[1]
 
 
 class MaterialisedReads(TorchFunctionMode):
@@ -138,9 +146,15 @@ class MaterialisedReads(TorchFunctionMode):
         return torch.einsum(self.READS[equation], variables.flatten(-2), matrix)
 
 
-def _plain_step(
-    forward: Callable[[Tensor], Tensor], model: nn.Module, config: TrainConfig, data: Dataset
+def plain_step(
+    forward: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    config: TrainConfig,
+    data: Dataset,
+    *,
+    rate: Callable[[], float] = lambda: STILL,
 ) -> Callable[[], None]:
+    """A step as one writes it down: every position, the loss where it is read, AdamW as it comes."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=STILL, betas=config.betas, weight_decay=config.weight_decay)
     dtype = getattr(torch, config.loss_dtype)
@@ -151,16 +165,19 @@ def _plain_step(
         loss = (data.weights * losses).mean()
         optimiser.zero_grad()
         loss.backward()
+        for group in optimiser.param_groups:
+            group["lr"] = rate()
         optimiser.step()
 
     return step
 
 
-def _gradients(model: nn.Module) -> Gradients:
+def gradients(model: nn.Module) -> Gradients:
+    """Those that its parameters have."""
     return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
 
 
-def _distance(theirs: Gradients, ours: Gradients) -> float:
+def distance(theirs: Gradients, ours: Gradients) -> float:
     """Largest difference of what the peer gives, over the largest entry."""
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     return max(float((gradient - ours[name]).abs().max()) for name, gradient in theirs.items()) / largest
@@ -196,7 +213,7 @@ def whole_composition() -> Recipe:
 
 def deep_search() -> Recipe:
     """Search in 64 tokens by 6 ordinary layers of width 64, 256 examples a step; padding is seen, as by the bridge."""
-    recipe, task = search(), GraphSearch(size=64)
+    recipe, task = search_curriculum(), GraphSearch(size=64)
     words = len(task.vocab)
     model = ModelConfig(
         n_layers=6, d_model=64, n_heads=1, d_head=64, d_mlp=256, n_ctx=64, d_vocab=words, d_vocab_out=words,
@@ -205,6 +222,16 @@ def deep_search() -> Recipe:
     return replace(
         recipe, name="search-deep", task=task, model=model, train=replace(recipe.trainable(), batch_size=256)
     )
+
+
+def in_bfloat16(make: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    """The same recipe, its products in bfloat16."""
+
+    def lower() -> Recipe:
+        recipe = make()
+        return replace(recipe, train=replace(recipe.trainable(), precision="bfloat16"))
+
+    return lower
 
 
 EAGER = {"prepare": eager, "peer": "plain eager PyTorch"}
@@ -220,6 +247,10 @@ STEPS: Mapping[str, Callable[[], Benchmark]] = {
         ("step-composition-whole", whole_composition, EAGER, 3.0),
         ("step-search", deep_search, EAGER, 1.06),
         ("step-search-bridge", deep_search, BRIDGE, 1.25),
+        ("step-modular-bfloat16", in_bfloat16(modular), EAGER, 9.6),
+        ("step-modular-bridge-bfloat16", in_bfloat16(modular), BRIDGE, 11.5),
+        ("step-composition-bfloat16", in_bfloat16(wide_composition), EAGER, 2.5),
+        ("step-search-bridge-bfloat16", in_bfloat16(deep_search), BRIDGE, 2.2),
         ("step-program", program_reverse, MATERIALISED, 1.15),
     )
 }

@@ -14,7 +14,7 @@ from workbench.training.landmarks import SweepResult, sweep_result
 
 def sweep(options: argparse.Namespace) -> Printout:
     """Train what a sweep lacks; its exit code is 1 if a run failed."""
-    from workbench.training.engines import train_in_processes
+    from workbench.training.engines import train_members
     from workbench.training.recipes import find_recipe
     from workbench.training.sweeps import members_to_train, plan_sweep, read_alternatives, read_seeds, read_variants
 
@@ -29,7 +29,14 @@ def sweep(options: argparse.Namespace) -> Printout:
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise WorkbenchError(f"{options.out} is a file; tables and figures go into a folder. Choose another --out.")
     with stopwatch() as clock, share_bar(f"sweep {len(left)} runs") as on_progress:
-        failed = train_in_processes(left, runs=options.runs, workers=options.workers, on_progress=on_progress)
+        failed = train_members(
+            left,
+            runs=options.runs,
+            engine=options.engine,
+            workers=options.workers,
+            address=options.address,
+            on_progress=on_progress,
+        )
     result = sweep_result([each.run(options.runs) for each in members], [each.setting for each in members])
     if options.out is not None:
         _write(options.out, result)

@@ -1,16 +1,19 @@
-"""Path merging in a run on graph search: which inputs are traced, and what is printed of them."""
+"""Path merging in a run on graph search: which inputs are traced, a person's own among them, and what is printed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from apps.searching import search_task
+from circuits.path_merging import PathTrace, trace_paths
 from circuits.path_traces import JUDGED, PathTraces, trace_inputs
 from circuits.search_prompts import SearchPrompt
 from workbench.runtime import WorkbenchError
-from workbench.tasks.graph_search import GraphSearch
 from workbench.training.checkpoints import Run
 
+INPUTS = 25
+"""Test inputs of each lookahead, unless another number is asked for."""
 COLUMNS = ("variant", "lookahead", "n", "explained", "low", "high", "explained_strict", "strict_low", "strict_high")
 
 
@@ -18,8 +21,8 @@ def traces_of(
     run: Run,
     step: int | None = None,
     *,
-    n: int,
-    lookahead: int | None,
+    n: int = INPUTS,
+    lookahead: int | None = None,
     seed: int = 0,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> PathTraces:
@@ -36,12 +39,7 @@ def traces_of(
     Raises:
         WorkbenchError: the run learnt something else, or a lookahead or number of inputs that there is not.
     """
-    task = run.task
-    if not isinstance(task, GraphSearch):
-        raise WorkbenchError(
-            f"Path merging is traced in runs on graph search; {run.reference!r} learnt {task.name!r}. Train one: "
-            "`workbench train search`."
-        )
+    task = search_task(run, "Path merging is traced in")
     if lookahead is not None and lookahead not in task.levels:
         raise WorkbenchError(
             f"Prompts of size {task.size} have lookaheads 0 to {task.levels[-1]}, got {lookahead}. Choose one."
@@ -58,6 +56,22 @@ def traces_of(
             f"The control before training needs the checkpoint of step 0; the first of {run.reference!r} is {first}."
         )
     return trace_inputs(run.model(step), run.model(first), prompts, seed=seed, on_progress=on_progress)
+
+
+def trace_of(run: Run, step: int | None = None, *, graph: str) -> PathTrace:
+    """Path merging on one graph of a person's own, without controls.
+
+    Args:
+        run: on graph search.
+        step: checkpoint; None is the last.
+        graph: edges, start and goal as one types them: `1>2 2>3 1>4 Q 1 3`.
+
+    Raises:
+        WorkbenchError: the run learnt something else, or the graph cannot be asked about.
+    """
+    task = search_task(run, "Path merging is traced in")
+    prompt = SearchPrompt.read(task.prompt(graph).tokens[0], task.layout)
+    return trace_paths(run.model(step), prompt)
 
 
 def printed_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:

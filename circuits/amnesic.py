@@ -19,14 +19,13 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from sklearn.pipeline import Pipeline
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from circuits.interchange import answered
 from workbench.instrument.passes import run
 from workbench.instrument.sites import Instrumented, Site
-from workbench.instrument.states import Cell, fit_line, read_cells, told_by_line
+from workbench.instrument.states import Cell, Line, fit_line, read_cells, told_by_line
 from workbench.instrument.trace import Patch, Value
 from workbench.intervals import Estimate, columns_of, mean_of, share_of
 from workbench.metrics import Metric
@@ -266,8 +265,8 @@ class _Removal:
 
     latent: Projection
     random: tuple[Projection, ...]
-    line: Pipeline
-    line_after: Pipeline
+    line: Line
+    line_after: Line
     """Fitted on the states without the latent's directions."""
 
     @classmethod

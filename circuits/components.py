@@ -16,7 +16,6 @@ from circuits.graph import SLOTS, CircuitGraph
 from workbench.instrument.adapters import BridgeModel
 from workbench.instrument.sites import EdgeReadable, Instrumented
 from workbench.models.bridges import transformer_of
-from workbench.models.transformer import MASKED
 from workbench.runtime import WorkbenchError
 
 Mix = Callable[[slice, Float[Tensor, "row pos writer d_model"]], Float[Tensor, "row pos #port d_model"]]
@@ -55,7 +54,7 @@ def run_parts(
     mix: Mix,
 ) -> tuple[Float[Tensor, "row pos writer d_model"], Float[Tensor, "row pos d_model"]]:
     """Every writer's output, and the residual stream that the logits are read from."""
-    allowed = model.allowed(tokens)
+    allowed, positions = model.allowed(tokens), torch.arange(tokens.shape[1])
     outputs, port = inputs, 0
     every = slice(None)
     for step in range(graph.n_steps):
@@ -64,7 +63,8 @@ def run_parts(
         port += heads
         each = x.split(graph.n_heads, 2) if x.shape[2] > 1 else (x, x, x)
         q, k, v = (model.read_heads(step, slot, every, read) for slot, read in zip(SLOTS, each, strict=True))
-        outputs = torch.cat([outputs, model.write_heads(step, every, attend(q, k, v, allowed))], 2)
+        z = attend(model, step, q, k, v, allowed, positions)
+        outputs = torch.cat([outputs, model.write_heads(step, every, z)], 2)
         clusters = [node for node in graph.writers if node.part == "mlp" and node.step == step]
         if clusters:
             x = mix(slice(port, port + len(clusters)), outputs) + constant_before(model, graph, step, mlp=True)
@@ -78,14 +78,17 @@ def run_parts(
 
 
 def attend(
+    model: EdgeReadable,
+    step: int,
     q: Float[Tensor, "row dest head d_head"],
     k: Float[Tensor, "row src head d_head"],
     v: Float[Tensor, "row src head d_head"],
     allowed: Bool[Tensor, "#row dest src"],
+    dest: Int[Tensor, " dest"],
 ) -> Float[Tensor, "row dest head d_head"]:
-    """Softmax attention of each head."""
+    """The attention of every head of a step, from the positions `dest`."""
     scores = torch.einsum("rdhe,rshe->rhds", q, k) / q.shape[-1] ** 0.5
-    pattern = scores.masked_fill(~allowed[:, None], MASKED).softmax(-1)
+    pattern = model.patterns(step, slice(None), scores, allowed[:, None], dest)
     return torch.einsum("rhds,rshe->rdhe", pattern, v)
 
 

@@ -307,7 +307,7 @@ class Cone:
         if mlp is None:
             return rows
         after = [
-            part + mlp.write(mlp.activation(mlp.read(part if weights.ln2 is None else weights.ln2(part))))
+            part + mlp(part if weights.ln2 is None else weights.ln2(part))
             for part in rows.x.split(max(1, HIDDEN // self.model.config.d_mlp))
         ]
         return replace(rows, x=torch.cat(after))

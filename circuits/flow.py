@@ -21,7 +21,6 @@ from circuits.circuit import EdgeScores
 from circuits.components import columns_of, constant_before
 from circuits.experiment import Experiment
 from circuits.graph import Port
-from workbench.models.transformer import MASKED
 
 ROWS = 2**22
 """Numbers that the parts of one head's output may hold for some examples."""
@@ -92,7 +91,8 @@ def _attended(plan: Experiment, rows: Tensor, port: Port) -> Float[Tensor, "row 
     model, step, head = plan.model, port.node.step, slice(port.node.index, port.node.index + 1)
     stream = plan.clean[rows][:, :, : port.n_writers].sum(2) + constant_before(model, plan.graph, step)
     q, k, v = (model.read_heads(step, slot, head, stream[:, :, None]) for slot in ("q", "k", "v"))
-    scores = torch.einsum("rdhe,rshe->rds", q, k) / q.shape[-1] ** 0.5
-    pattern = scores.masked_fill(~model.allowed(plan.batch.tokens[rows]), MASKED).softmax(-1)
+    scores = torch.einsum("rdhe,rshe->rhds", q, k) / q.shape[-1] ** 0.5
+    allowed, positions = model.allowed(plan.batch.tokens[rows])[:, None], torch.arange(q.shape[1])
+    pattern = model.patterns(step, head, scores, allowed, positions)[:, 0]
     written = model.write_heads(step, head, v)[:, :, 0]
     return _shares(pattern[..., None] * written[:, None], torch.zeros_like(written[0, 0]))

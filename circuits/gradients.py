@@ -144,7 +144,8 @@ class _Forward:
                     known = plan.model.read_heads(step, slot, slice(None), earlier[:, :, None])
                 at = torch.cat([known.repeat(self.points, 1, 1, 1), at], 1)
             read[slot] = at
-        z = attend(read["q"], read["k"], read["v"], self.allowed[:, self.positions])
+        allowed = self.allowed[:, self.positions]
+        z = attend(plan.model, step, read["q"], read["k"], read["v"], allowed, self.positions)
         self.stream = self.stream + plan.model.sum_heads(step, z)
 
     def _clusters(self, step: int, port: int, n_clusters: int) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from circuits.graft_masks import Labelled, OnProgress, find_graft, matched
+from circuits.graft_masks import STEPS, Labelled, OnProgress, find_graft, matched
 from circuits.grafting import Delta, Graft, Weights, overlap
 from workbench.calibration import calibration_error, debiased_calibration_error, fitted_temperature, reliability
 from workbench.intervals import Estimate, columns_of, ratio_bootstrap, share_of
@@ -27,6 +27,7 @@ LEAST_GAIN = 0.1
 """Accuracy that fine-tuning must gain for a relative gain to mean anything."""
 ENOUGH, TOO_MUCH = 0.9, 0.3
 """Relative gain of a region that carries a skill, at its lower end, and what is too much for a control."""
+JUDGEMENT = "judgement.safetensors"
 CONTROLS = ("matched random", "permuted", "foreign")
 
 
@@ -156,6 +157,21 @@ class GraftJudgement:
             ),
         )
 
+    def files(self) -> dict[str, bytes]:
+        """The region and all logits: what `read_judgement` makes the same judgement of."""
+        from safetensors.torch import save
+
+        tensors = {
+            f"region.{name}": mask.flatten().nonzero()[:, 0].int().cpu() for name, mask in self.graft.mask.items()
+        }
+        tensors |= {f"logits.{place:02}.{each.name}": each.logits for place, each in enumerate(self.judged)}
+        tensors |= {
+            "answers": self.judged[0].answers,
+            "weights": torch.tensor([each.weights for each in self.judged]),
+            "scale and temperature": torch.tensor([self.graft.scale, self.temperature], dtype=torch.float64),
+        }
+        return {JUDGEMENT: save({name: tensor.contiguous() for name, tensor in tensors.items()})}
+
     def summary(self) -> dict[str, object]:
         """The graft's figures, with the controls beside them."""
         rows = {row.pop("weights_of"): row for row in self.rows.to_dict("records")}
@@ -173,6 +189,37 @@ class GraftJudgement:
         }
 
 
+def read_judgement(content: bytes, delta: Delta, *, method: str, provenance: Provenance) -> GraftJudgement:
+    """A judgement from the file that `GraftJudgement.files` gave.
+
+    Args:
+        content: of the file.
+        delta: the same that the graft is of.
+        method: by which the region was found.
+        provenance: of base and donor.
+    """
+    from safetensors.torch import load
+
+    tensors = load(content)
+    mask = {}
+    for name, change in delta.change.items():
+        flat = torch.zeros(change.numel(), dtype=torch.bool, device=change.device)
+        flat[tensors[f"region.{name}"].long().to(change.device)] = True
+        mask[name] = flat.reshape(change.shape)
+    scale, temperature = tensors["scale and temperature"].tolist()
+    names = sorted(name for name in tensors if name.startswith("logits."))
+    judged = [
+        Judged(name=name.split(".", 2)[2], weights=count, logits=tensors[name], answers=tensors["answers"])
+        for name, count in zip(names, tensors["weights"].tolist(), strict=True)
+    ]
+    return GraftJudgement(
+        graft=Graft(delta=delta, mask=mask, method=method, scale=scale),
+        judged=tuple(judged),
+        temperature=temperature,
+        provenance=provenance,
+    )
+
+
 def judge(
     graft: Graft,
     train: Labelled,
@@ -182,6 +229,7 @@ def judge(
     provenance: Provenance,
     foreign: Delta | None = None,
     seed: int = 0,
+    steps: int = STEPS,
     on_progress: OnProgress = lambda share: None,
 ) -> GraftJudgement:
     """Judge a graft on the test examples, beside controls of the same size.
@@ -199,6 +247,7 @@ def judge(
         provenance: of base and donor.
         foreign: another task's change to the same base.
         seed: of what is drawn.
+        steps: of the methods that learn, in the controls.
         on_progress: told the share that is done.
     """
     delta, size = graft.delta, len(graft)
@@ -215,7 +264,7 @@ def judge(
         "matched random": (size, delta.weights(matched(graft.mask, no_preference, rng))),
         "random among changed": (size, delta.weights(matched(graft.mask, changed, rng))),
     }
-    method = {"density": graft.density, "seed": seed}
+    method = {"density": graft.density, "seed": seed, "steps": steps}
     if graft.method != "magnitude":
         found["magnitude"] = (size, find_graft(delta, train, method="magnitude", **method).weights())
     for done, (name, control) in enumerate(deltas.items()):

@@ -1,7 +1,8 @@
 """Which weights to graft: learned regions, and the choices that they have to beat.
 
-A method is a function of a delta, labelled examples and a size, and an entry in `METHODS`; it returns a mask of exactly
-that many weights, but for `relaxed`, whose size is what comes out, and for the named sets, which have their own.
+A method is a function of a `Search` and an entry in `METHODS`; it returns a mask of exactly the wanted size, but for
+`relaxed`, whose size is what comes out, for whole parts (see graft_parts.py), of which as many are taken as fit, and
+for the named sets, which have their own. Ways to merge models are entries too, with their scales in `SCALES`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +19,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from circuits.grafting import Delta, Graft, Mask, Weights
+from circuits.graft_parts import PartKind, best_parts, parts_of
+from circuits.grafting import Delta, Graft, Mask, Weights, place_of
 from workbench.runtime import WorkbenchError, generator, nearest
 
 STEPS = 40
 BIAS = 10.0
 """The relaxation's shares are sigmoid(score - 10), which begins near 0 (section 2.1 of the authors' code)."""
+ARITHMETIC = 0.4
+"""Of task arithmetic where nothing is held out to choose it on (Yadav et al. 2023, section 5)."""
 OnProgress = Callable[[float], None]
 
 
@@ -43,12 +48,12 @@ class Labelled:
     @property
     def answers(self) -> Int[Tensor, " example"]:
         """The right label of each example."""
-        return torch.cat([labels for _, labels in self.batches])
+        return torch.cat([labels for _, labels in self.batches]).cpu()
 
     @torch.no_grad()
     def logits(self, weights: Weights) -> Float[Tensor, "example label"]:
         """The labels' logits with these weights, the module's own where none are given."""
-        return torch.cat([self._read(weights, inputs) for inputs, _ in self.batches])
+        return torch.cat([self._read(weights, inputs) for inputs, _ in self.batches]).cpu()
 
     def accuracy(self, weights: Weights) -> float:
         """Share that is answered rightly with these weights."""
@@ -68,6 +73,34 @@ class Labelled:
         return self.read(functional_call(self.module, dict(weights), (inputs,)))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Search:
+    """What a method chooses weights by."""
+
+    delta: Delta
+    examples: Labelled
+    size: int
+    """Weights wanted."""
+    steps: int
+    """Of the methods that learn."""
+    generator: torch.Generator
+    on_progress: OnProgress
+
+    @property
+    def density(self) -> float:
+        """The share that is wanted."""
+        return self.size / len(self.delta)
+
+    def gains(self, mask: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """The graft's loss, and to first order how much each weight's switch from base to donor lowers it."""
+        loss, gradient = self.examples.gradient(self.delta.weights(mask))
+        return loss, {name: -gradient[name] * change for name, change in self.delta.change.items()}
+
+    def first_gains(self) -> dict[str, Tensor]:
+        """How much each weight's switch would lower the base's loss, to first order, each alone."""
+        return self.gains({name: torch.zeros_like(tensor) for name, tensor in self.delta.change.items()})[1]
+
+
 def find_graft(
     delta: Delta,
     examples: Labelled,
@@ -75,111 +108,139 @@ def find_graft(
     method: str = "learned",
     density: float = 0.01,
     seed: int = 0,
+    steps: int = STEPS,
     on_progress: OnProgress = lambda share: None,
 ) -> Graft:
     """A graft of this density, by one of `METHODS`.
 
     Raises:
-        WorkbenchError: the method is unknown, or the density leaves no weight or is above 1.
+        WorkbenchError: the method is unknown, the density leaves no weight or is above 1, or there are no steps.
     """
     if method not in METHODS:
         raise WorkbenchError(f"Unknown method {method!r}. {nearest(method, METHODS)}")
     if not 0 < density <= 1:
         raise WorkbenchError(f"density must be above 0 and at most 1, got {density}.")
-    size = max(1, round(density * len(delta)))
-    mask = METHODS[method](delta, examples, size, generator(seed, "graft"), on_progress)
-    return Graft(delta=delta, mask=mask, method=method)
+    if steps < 1:
+        raise WorkbenchError(f"steps must be at least 1, got {steps}.")
+    search = Search(
+        delta=delta,
+        examples=examples,
+        size=max(1, round(density * len(delta))),
+        steps=steps,
+        generator=generator(seed, "graft"),
+        on_progress=on_progress,
+    )
+    scale = SCALES[method](search.density) if method in SCALES else 1.0
+    return Graft(delta=delta, mask=METHODS[method](search), method=method, scale=scale)
 
 
-def learned(
-    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
-) -> dict[str, Tensor]:
+def learned(search: Search) -> dict[str, Tensor]:
     """Exactly `size` weights whose graft has the least loss, by iterated thresholding.
 
     Each step measures, at the graft of the step before, what switching every weight on would gain to first order, adds
     that to the weight's score, and keeps the largest scores: what overshoots or comes twice loses its place again. Of
     all grafts on the way the one with the least loss on the examples is kept.
     """
-    scores = {name: torch.zeros_like(tensor) for name, tensor in delta.change.items()}
-    mask = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in delta.change.items()}
+    scores = {name: torch.zeros_like(tensor) for name, tensor in search.delta.change.items()}
+    mask = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in search.delta.change.items()}
     best, least = mask, math.inf
-    for step in range(STEPS + 1):
-        loss, gain = _gains(delta, examples, mask)
+    for step in range(search.steps + 1):
+        loss, gain = search.gains(mask)
         if step and loss < least:
             best, least = mask, loss
         for name, tensor in gain.items():
             scores[name] += tensor
-        mask = largest(scores, size)
-        on_progress((step + 1) / (STEPS + 1))
+        mask = largest(scores, search.size)
+        search.on_progress((step + 1) / (search.steps + 1))
     return best
 
 
-def relaxed(
-    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
-) -> dict[str, Tensor]:
+def relaxed(search: Search) -> dict[str, Tensor]:
     """The published relaxation (section 2.1, equation 4) from an empty base; its size is near `size`, not exact.
 
     Shares sigmoid(score - 10) follow the gradient; those above a half are grafted. The published rate of 1e7 fits one
     way of fine-tuning; here it is set so that a weight with the `size`-th largest first gain would just reach a half
     in all steps. All scores begin at 0, where the authors draw them.
     """
-    scores = {name: torch.zeros_like(tensor) for name, tensor in delta.change.items()}
+    scores = {name: torch.zeros_like(tensor) for name, tensor in search.delta.change.items()}
     rate = 0.0
-    for step in range(STEPS):
+    for step in range(search.steps):
         share = {name: (score - BIAS).sigmoid() for name, score in scores.items()}
-        _, gain = _gains(delta, examples, share)
+        _, gain = search.gains(share)
         if step == 0:
-            cut = float(_flat(gain).topk(size).values[-1])
+            cut = float(_flat(gain).topk(search.size).values[-1])
             if cut <= 0:
-                raise WorkbenchError(f"Fewer than {size:,} weights would lower the loss: ask for a lower density.")
-            rate = (1 - math.exp(-BIAS)) / (math.exp(-BIAS) * STEPS * cut)
+                raise WorkbenchError(
+                    f"Fewer than {search.size:,} weights would lower the loss: ask for a lower density."
+                )
+            rate = (1 - math.exp(-BIAS)) / (math.exp(-BIAS) * search.steps * cut)
         for name, tensor in gain.items():
             # A share is 1 there; a score without an end would never come back.
             scores[name] = (scores[name] + rate * tensor * share[name] * (1 - share[name])).clamp(max=2 * BIAS)
-        on_progress((step + 1) / STEPS)
+        search.on_progress((step + 1) / search.steps)
     mask = {name: score > BIAS for name, score in scores.items()}
     if not any(bool(tensor.any()) for tensor in mask.values()):
         raise WorkbenchError("The relaxation ended with an empty region. Use the method learned, or a higher density.")
     return mask
 
 
-def magnitude(
-    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
-) -> dict[str, Tensor]:
+def magnitude(search: Search) -> dict[str, Tensor]:
     """The weights that changed most."""
-    return largest({name: tensor.abs() for name, tensor in delta.change.items()}, size)
+    return largest({name: tensor.abs() for name, tensor in search.delta.change.items()}, search.size)
 
 
-def saliency(
-    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
-) -> dict[str, Tensor]:
+def saliency(search: Search) -> dict[str, Tensor]:
     """The weights whose switch would lower the base's loss most, to first order, each alone."""
-    none = {name: torch.zeros_like(tensor) for name, tensor in delta.change.items()}
-    return largest(_gains(delta, examples, none)[1], size)
+    return largest(search.first_gains(), search.size)
 
 
-def at_random(
-    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
-) -> dict[str, Tensor]:
+def at_random(search: Search) -> dict[str, Tensor]:
     """Any weights."""
-    return largest({name: torch.rand(t.shape, generator=generator) for name, t in delta.change.items()}, size)
+    return largest(
+        {name: _drawn_like(tensor, search.generator) for name, tensor in search.delta.change.items()}, search.size
+    )
 
 
-def biases(
-    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
-) -> dict[str, Tensor]:
+def biases(search: Search) -> dict[str, Tensor]:
     """All biases, those of LayerNorms too (BitFit, Ben Zaken et al. 2022), whatever the size."""
-    return _named(delta, lambda name: name.rpartition(".")[2].startswith("b"))
+    return _named(search.delta, lambda name: name.rpartition(".")[2].startswith("b"))
 
 
-def layer_norms(
-    delta: Delta, examples: Labelled, size: int, generator: torch.Generator, on_progress: OnProgress
-) -> dict[str, Tensor]:
+def layer_norms(search: Search) -> dict[str, Tensor]:
     """All scales and shifts of LayerNorms, whatever the size."""
-    return _named(delta, lambda name: "ln" in name.lower() or "layernorm" in name.lower())
+    return _named(search.delta, lambda name: "ln" in name.lower() or "layernorm" in name.lower())
 
 
-METHODS: dict[str, Callable[[Delta, Labelled, int, torch.Generator, OnProgress], dict[str, Tensor]]] = {
+def ties(search: Search) -> dict[str, Tensor]:
+    """Of each tensor the same share, those that changed most (TIES, Yadav et al. 2023; one donor's signs all agree)."""
+    return {
+        name: largest({name: tensor.abs()}, round(search.density * tensor.numel()))[name]
+        for name, tensor in search.delta.change.items()
+    }
+
+
+def everything(search: Search) -> dict[str, Tensor]:
+    """All weights, whatever the size: task arithmetic (Ilharco et al. 2023), whose scale is below 1."""
+    return {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in search.delta.change.items()}
+
+
+def one_layer(search: Search) -> dict[str, Tensor]:
+    """The first gains' largest, all in one layer: the one where they promise most."""
+    gains = search.first_gains()
+    layers = dict.fromkeys(place_of(name)[0] for name in gains)
+    inside = [{name: gain for name, gain in gains.items() if place_of(name)[0] == layer} for layer in layers]
+    masks = [largest(layer, search.size) for layer in inside]
+    best = max(masks, key=lambda mask: sum(float(gains[name][chosen].sum()) for name, chosen in mask.items()))
+    return {name: torch.zeros_like(gain, dtype=torch.bool) for name, gain in gains.items()} | best
+
+
+def whole_parts(search: Search, kind: PartKind) -> dict[str, Tensor]:
+    """Whole heads, neurons or layers, those of the largest mean first gain, as many as fit but at least one."""
+    parts = parts_of(search.delta.change, kind, search.examples.module)
+    return best_parts(parts, search.first_gains(), search.size)
+
+
+METHODS: dict[str, Callable[[Search], dict[str, Tensor]]] = {
     "learned": learned,
     "relaxed": relaxed,
     "magnitude": magnitude,
@@ -187,13 +248,25 @@ METHODS: dict[str, Callable[[Delta, Labelled, int, torch.Generator, OnProgress],
     "random": at_random,
     "biases": biases,
     "layer_norms": layer_norms,
+    "one_layer": one_layer,
+    "heads": partial(whole_parts, kind="heads"),
+    "neurons": partial(whole_parts, kind="neurons"),
+    "layers": partial(whole_parts, kind="layers"),
+    "ties": ties,
+    "dare": at_random,
+    "task_arithmetic": everything,
 }
+SCALES: dict[str, Callable[[float], float]] = {
+    "dare": lambda density: 1 / density,
+    "task_arithmetic": lambda density: ARITHMETIC,
+}
+"""By which a method multiplies its region's change, given the density; DARE keeps the mean change (Yu et al. 2024)."""
 
 
 def matched(mask: Mask, first: Mask, generator: torch.Generator) -> dict[str, Tensor]:
     """The control: as many weights in each tensor, drawn anew, those of `first` before the others."""
     return {
-        name: largest({name: first[name] + torch.rand(tensor.shape, generator=generator)}, int(tensor.sum()))[name]
+        name: largest({name: first[name] + _drawn_like(tensor, generator)}, int(tensor.sum()))[name]
         for name, tensor in mask.items()
     }
 
@@ -201,20 +274,14 @@ def matched(mask: Mask, first: Mask, generator: torch.Generator) -> dict[str, Te
 def largest(scores: Mapping[str, Float[Tensor, "..."]], size: int) -> dict[str, Tensor]:
     """A mask of the `size` largest scores over all tensors; of equal ones the first."""
     flat = _flat(scores)
-    kept = torch.zeros(len(flat), dtype=torch.bool)
+    kept = torch.zeros_like(flat, dtype=torch.bool)
     kept[flat.sort(descending=True, stable=True).indices[:size]] = True
     parts = kept.split([tensor.numel() for tensor in scores.values()])
     return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 
 
-def _gains(delta: Delta, examples: Labelled, mask: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """The graft's loss, and to first order how much each weight's switch from base to donor lowers it."""
-    loss, gradient = examples.gradient(delta.weights(mask))
-    return loss, {name: -gradient[name] * delta.change[name] for name in delta.change}
-
-
 def _named(delta: Delta, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
-    mask = {name: torch.full(tensor.shape, chosen(name)) for name, tensor in delta.change.items()}
+    mask = {name: torch.full_like(tensor, chosen(name), dtype=torch.bool) for name, tensor in delta.change.items()}
     if not any(bool(tensor.any()) for tensor in mask.values()):
         raise WorkbenchError("The model has no such weights. Choose another method.")
     return mask
@@ -222,3 +289,8 @@ def _named(delta: Delta, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
 
 def _flat(tensors: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, " weight"]:
     return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def _drawn_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform numbers of a tensor's shape and on its device, drawn by a generator of the processor."""
+    return torch.rand(tensor.shape, generator=generator).to(tensor.device)

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from workbench.instrument.sites import EdgeReadable, Slot
+from workbench.instrument.sites import EdgeReadable, SiteKind, Slot
 from workbench.models.known import Ablation
 from workbench.runtime import WorkbenchError, nearest
 from workbench.store import digest
@@ -330,7 +330,7 @@ def circuit_graph(
     names = tuple(dict.fromkeys(columns or ()))
     schedule = getattr(config, "schedule", None)
     return CircuitGraph(
-        n_heads=config.n_heads,
+        n_heads=config.heads_of(SiteKind.z),
         n_steps=config.n_steps,
         d_model=model.write_inputs(torch.zeros(1, 1, dtype=torch.long))[0].shape[-1],
         inputs=("embed", "pos") if split_inputs else ("input",),

@@ -11,8 +11,9 @@ Behind the last step's keys and values, only the positions that are read are com
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +23,6 @@ from torch.nn import functional
 from circuits.components import columns_of, constant_before
 from circuits.experiment import Experiment
 from circuits.graph import SLOTS
-from workbench.models.transformer import MASKED
 from workbench.runtime import WorkbenchError
 
 ELEMENTS = 2**24
@@ -174,7 +174,8 @@ def _heads(
         if len(combinations) == 1:
             yield ids, None
             continue
-        z = _attend(read["q"], read["k"], read["v"], combinations[1:], cache.allowed[:, where])
+        look = partial(model.patterns, step, chosen, allowed=cache.allowed[:, None, where], dest=where)
+        z = _attend(read["q"], read["k"], read["v"], combinations[1:], look)
         written = model.write_heads(step, chosen, z[..., None, :])[..., 0, :]
         yield ids, _changes(cache, before.shape[1] + head, written, where)
 
@@ -286,13 +287,13 @@ def _attend(
     k: Float[Tensor, "src k_state batch d_head"],
     v: Float[Tensor, "src v_state batch d_head"],
     combinations: Int[Tensor, "combination three"],
-    allowed: Bool[Tensor, "#batch dest src"],
+    look: Callable[[Float[Tensor, "pattern batch one dest src"]], Float[Tensor, "pattern batch one dest src"]],
 ) -> Float[Tensor, "dest combination batch d_head"]:
-    """Softmax attention of the combinations of queries, keys and values; equal patterns are computed once."""
+    """Attention of the combinations of queries, keys and values; equal patterns are computed once."""
     patterns, of_combination = torch.unique(combinations[:, :2], dim=0, return_inverse=True)
     q, k = q[:, patterns[:, 0]], k[:, patterns[:, 1]]
     scores = torch.einsum("dcbe,scbe->cbds", q, k) / q.shape[-1] ** 0.5
-    pattern = scores.masked_fill(~allowed, MASKED).softmax(-1)
+    pattern = look(scores[:, :, None])[:, :, 0]
     return torch.einsum("cbds,scbe->dcbe", pattern[of_combination], v[:, combinations[:, 2]])
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import pandas as pd
 import torch
@@ -84,43 +85,17 @@ class PathTraces:
             "thresholds_published_merge": shares(SWEEP, "explained"),
             "causal": causal,
             "rows": rows,
-            "table": self._crossed().to_dict("records"),
-            "layers": self._layers().to_dict("records"),
-            "kinds": self._kinds().to_dict("records"),
-            "merges": self._merges().to_dict("records"),
+            "table": self._crossed(),
+            "layers": self._layers(),
+            "kinds": self._kinds(),
+            "merges": self._merges(),
             "skipped": self.skipped,
             "seconds_per_input": self.seconds_per_input,
         }
 
     def tables(self) -> Sequence[Table]:
         """Explained shares, right and explained, causes, longest paths, merges, and the causal test."""
-        n = len(self.inputs)
-        counted = f"n = {n} inputs, {self.skipped} skipped for want of an unused vertex name"
-        axes = {"x": "lookahead", "series": "variant"}
-        by_lookahead = self.frame.dropna(subset=["lookahead"])
-        shares = [
-            Table(
-                name=name,
-                frame=by_lookahead,
-                kind="curve",
-                axes={**axes, "y": name, "low": f"{name}_low", "high": f"{name}_high"},
-                unit="share of inputs",
-                caption=f"Inputs that path merging explains, {says} merge ({counted}; 95 % score intervals).",
-            )
-            for name, says in (("explained", "published"), ("explained_strict", "strict"))
-        ]
-        others = {
-            "right_and_explained": (self._crossed(), "inputs", "Inputs by whether they are answered rightly and"
-            " explained by the strict merge"),
-            "causes": (self._kinds(), "operations", "Causes that let merged operations in, by layer"),
-            "longest_paths": (self._layers(), "edges", "Longest path of the sets that flow into the answer, by layer"),
-            "merges": (self._merges(), "operations", "Operations of an input, and the share of maximal merges"),
-        }  # fmt: skip
-        tables = [
-            Table(name=name, frame=frame, kind="table", axes={}, unit=unit, caption=f"{says} ({counted}).")
-            for name, (frame, unit, says) in others.items()
-        ]
-        return [*shares, *tables, *self._causal_table()]
+        return trace_tables(self.summary())
 
     def _shares(self) -> Iterator[dict[str, object]]:
         groups: dict[tuple[str, int | None], list[PathTrace]] = {}
@@ -138,40 +113,35 @@ class PathTraces:
     def _of_model(self, lookahead: int | None = None) -> list[PathTrace]:
         return [each.traces[MODEL] for each in self.inputs if lookahead in (None, each.lookahead)]
 
-    def _crossed(self) -> pd.DataFrame:
+    def _crossed(self) -> list[dict[str, object]]:
         found = Counter(
             (each.lookahead, each.traces[MODEL].correct, each.traces[MODEL].explained_strict) for each in self.inputs
         )
-        return pd.DataFrame(
-            [
-                {"lookahead": lookahead, "right": right, "explained_strict": explained, "inputs": n}
-                for (lookahead, right, explained), n in sorted(found.items())
-            ]
-        )
+        return [
+            {"lookahead": lookahead, "right": right, "explained_strict": explained, "inputs": n}
+            for (lookahead, right, explained), n in sorted(found.items())
+        ]
 
-    def _kinds(self) -> pd.DataFrame:
+    def _kinds(self) -> list[dict[str, object]]:
         found = Counter(
             (operation.layer, operation.causes[0].kind if operation.causes else UNEXPLAINED)
             for trace in self._of_model()
             for operation in trace.strict.operations
         )
-        return pd.DataFrame(
-            [{"layer": layer, "cause": kind, "operations": n} for (layer, kind), n in sorted(found.items())],
-            columns=["layer", "cause", "operations"],
-        )
+        return [{"layer": layer, "cause": kind, "operations": n} for (layer, kind), n in sorted(found.items())]
 
-    def _layers(self) -> pd.DataFrame:
-        rows = []
+    def _layers(self) -> list[dict[str, object]]:
+        rows: list[dict[str, object]] = []
         for lookahead in sorted({each.lookahead for each in self.inputs}):
             traces = [trace for trace in self._of_model(lookahead) if trace.explained_strict]
             for layer in range(len(traces[0].strict.held) if traces else 0):
                 longest = [max(map(trace.prompt.depth, trace.strict.held[layer].values())) for trace in traces]
                 row = {"lookahead": lookahead, "layer": layer, "longest_median": median(longest)}
                 rows.append({**row, "longest_most": max(longest), "inputs": len(longest)})
-        return pd.DataFrame(rows, columns=["lookahead", "layer", "longest_median", "longest_most", "inputs"])
+        return rows
 
-    def _merges(self) -> pd.DataFrame:
-        rows = []
+    def _merges(self) -> list[dict[str, object]]:
+        rows: list[dict[str, object]] = []
         for lookahead in sorted({each.lookahead for each in self.inputs}):
             traces = self._of_model(lookahead)
             maximal = sum(trace.strict.maximal for trace in traces)
@@ -184,27 +154,93 @@ class PathTraces:
             ):
                 row |= columns_of(name, mean_of(torch.tensor(counts, dtype=torch.float)))
             rows.append(row | columns_of("maximal", share) | {"places": places})
-        return pd.DataFrame(rows)
+        return rows
 
-    def _causal_table(self) -> Iterator[Table]:
-        if self.ablations is not None:
-            yield Table(
-                name="ablated_operations",
-                frame=pd.DataFrame(self.ablations.rows()),
-                kind="bar",
-                axes={
-                    **{"x": "condition", "y": "accuracy", "series": "ablation"},
-                    **{"low": "accuracy_low", "high": "accuracy_high"},
-                },
-                unit="accuracy",
-                caption=(
-                    "Accuracy with attention entries at zero or at their mean over prompts: all but the explained "
-                    "operations (kept), the explained ones (removed), as many others into the same rows, or all. "
-                    f"n = {self.ablations.n}, "
-                    f"{self.ablations.operations:.1f} explained operations each, chance {self.ablations.chance:.2f}; "
-                    "95 % score intervals."
-                ),
-            )
+
+def trace_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The tables of a summary, which may have been kept."""
+    by_lookahead = pd.DataFrame([row for row in summary["rows"] if row["lookahead"] is not None])
+    n = sum(row["n"] for row in summary["rows"] if row["variant"] == MODEL and row["lookahead"] is not None)
+    counted = f"n = {n} inputs, {summary['skipped']} skipped for want of an unused vertex name"
+    shares = [
+        Table(
+            name=name,
+            frame=by_lookahead,
+            kind="curve",
+            axes={"x": "lookahead", "series": "variant", "y": name, "low": f"{name}_low", "high": f"{name}_high"},
+            unit="share of inputs",
+            caption=f"Inputs that path merging explains, {says} merge ({counted}; 95 % score intervals).",
+        )
+        for name, says in (("explained", "published"), ("explained_strict", "strict"))
+    ]
+    others = {
+        "right_and_explained": ("table", "inputs", "Inputs by whether they are answered rightly and explained by the"
+        " strict merge"),
+        "causes": ("kinds", "operations", "Causes that let merged operations in, by layer"),
+        "longest_paths": ("layers", "edges", "Longest path of the sets that flow into the answer, by layer"),
+        "merges": ("merges", "operations", "Operations of an input, and the share of maximal merges"),
+    }  # fmt: skip
+    tables = [
+        Table(
+            name=name,
+            frame=pd.DataFrame(summary[kept]),
+            kind="table",
+            axes={},
+            unit=unit,
+            caption=f"{says} ({counted}).",
+        )
+        for name, (kept, unit, says) in others.items()
+        if summary[kept]
+    ]
+    return [*_judged_table(summary, counted), *shares, *tables, *_causal_table(summary["causal"])]
+
+
+def _judged_table(summary: Mapping[str, Any], counted: str) -> Iterator[Table]:
+    """All judged inputs together, by both merges: where model and controls stand beside each other."""
+    judged = [row for row in summary["rows"] if row["lookahead"] is None]
+    merges = {"strict": "explained_strict", "published": "explained"}
+    rows = [
+        {
+            **{"variant": row["variant"], "merge": merge, "n": row["n"]},
+            **{f"explained{end}": row[f"{name}{end}"] for end in ("", "_low", "_high")},
+        }
+        for row in judged
+        for merge, name in merges.items()
+    ]
+    if rows:
+        yield Table(
+            name="explained_judged",
+            frame=pd.DataFrame(rows),
+            kind="bar",
+            axes={
+                **{"x": "variant", "y": "explained", "series": "merge"},
+                **{"low": "explained_low", "high": "explained_high"},
+            },
+            unit="share of inputs",
+            caption=f"Inputs of lookahead {summary['judged_from']} or more that path merging explains, by both merges "
+            f"({counted}, {rows[0]['n']} judged; 95 % score intervals).",
+        )
+
+
+def _causal_table(causal: Mapping[str, Any] | None) -> Iterator[Table]:
+    if causal is not None:
+        conditions = causal["conditions"]
+        yield Table(
+            name="ablated_operations",
+            frame=pd.DataFrame(conditions),
+            kind="bar",
+            axes={
+                **{"x": "condition", "y": "accuracy", "series": "ablation"},
+                **{"low": "accuracy_low", "high": "accuracy_high"},
+            },
+            unit="accuracy",
+            caption=(
+                "Accuracy with attention entries at zero or at their mean over prompts: all but the explained "
+                "operations (kept), the explained ones (removed), as many others into the same rows, or all. "
+                f"n = {conditions[0]['n']}, {causal['operations']:.1f} explained operations each, chance "
+                f"{causal['chance']:.2f}; 95 % score intervals."
+            ),
+        )
 
 
 def trace_inputs(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from workbench.runtime import generator
@@ -70,6 +69,8 @@ def judge(
     """
     if truth.all() or not truth.any():
         return None
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     wanted = int(truth.sum())
     taken = min(wanted, int(candidates.sum()))
     hits = _expected_hits(score[candidates], truth[candidates], taken)

@@ -107,6 +107,8 @@ class ScoreCard:
     n: int
     """Pairs of each circuit."""
     seconds: float
+    gradients: Mapping[str, str]
+    """What gradient methods see, by circuit whose model has no gradient itself."""
     provenance: Provenance
 
     @property
@@ -155,7 +157,7 @@ class ScoreCard:
             "edges, precision and recall at the true size among live edges. Random: mean and 95 % band of "
             f"{RANKINGS} random rankings of the same edges. AUROC: {FOR_NOTHING} Time in forward passes of the same "
             "pairs. EAP takes the ablated run's gradient where the metric compares with the clean run, and the clean "
-            "run's elsewhere."
+            "run's elsewhere." + "".join(f" {circuit}: {said}" for circuit, said in self.gradients.items())
         )
         causal = frame.query("truth == 'causal'").dropna(subset=["auroc"]).reset_index(drop=True)
         means = self.means
@@ -207,6 +209,7 @@ class ScoreCard:
             "acdc_thresholds": list(THRESHOLDS),
             "rows": [row.flat() for row in self.rows],
             "means": self.means.to_dict("records"),
+            "gradients": dict(self.gradients),
             "seconds": self.seconds,
             "provenance": self.provenance.to_json(),
         }
@@ -230,6 +233,7 @@ def card_from_json(content: Mapping[str, Any]) -> ScoreCard:
             digest=content["digest"],
             n=content["n"],
             seconds=content["seconds"],
+            gradients=content.get("gradients", {}),
             provenance=Provenance(**{**origin, "parents": tuple(origin["parents"])}),
         )
     except (KeyError, TypeError) as error:
@@ -297,6 +301,7 @@ def scorecard(
         digest=digest,
         n=n,
         seconds=time.perf_counter() - begun,
+        gradients={known.name: known.gradients for known in meant if known.gradients},
         provenance=Provenance(code_version=code_version(), seed=seed, parents=tuple(fingerprints.values())),
     )
 

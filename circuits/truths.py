@@ -84,7 +84,7 @@ def ablations_of(known: KnownCircuit) -> list[Ablation]:
 
 def experiment_on(known: KnownCircuit, batch: Batch, ablation: Ablation) -> Experiment:
     """Its model on the graph that its edges are named in, judged by its metric."""
-    graph = circuit_graph(known.model, split_inputs=True)
+    graph = circuit_graph(known.model, split_inputs=True, clusters=known.clusters)
     return experiment(known.model, batch, graph=graph, ablation=ablation, metric=known.metric)
 
 

@@ -71,7 +71,7 @@ def attention_patterns(
     heads = [
         Site(kind=SiteKind.pattern, layer=site.layer, head=head)
         for site in sites
-        for head in range(model.config.n_heads)
+        for head in range(model.config.heads_of(SiteKind.pattern))
     ]
     n_positions = batch.tokens.shape[1]
     labels = map(str, range(n_positions)) if position_labels is None else position_labels

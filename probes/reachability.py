@@ -20,13 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 
 from workbench.instrument.passes import run
@@ -48,7 +47,7 @@ FEWEST_PROMPTS = 20
 """Distances that fewer prompts of the test part have are left out."""
 RIDGE = 1.0
 """Penalty of a probe on features of variance 1, beside sums over all rows."""
-AFTER, EMBEDDED = "after layer", "none"
+AFTER, EMBEDDED = "after", "embedding"
 NEVER = 0
 """Stands for no path, where else a distance is."""
 LEFT_OUT = -1
@@ -111,47 +110,61 @@ class ReachabilityMap:
 
     def tables(self) -> Sequence[Table]:
         """A curve over sites for each direction, sources and targets apart, and everything in one table."""
-        about = (
-            f"Ridge probes fitted on {self.n_train} prompts and scored on {self.n_test} of other graphs: AUROC within "
-            "a row of vertices at a distance against unreachable ones, 0.5 is chance. 95 % bootstrap intervals over "
-            "the n prompts that have such pairs."
-        )
-        says = {"forward": "can be reached from the row's vertex", "backward": "reaches the row's vertex"}
-        curves = [
-            Table(
-                name=f"reachability_{direction}",
-                frame=self._curves(direction),
-                kind="curve",
-                axes={
-                    "x": AFTER,
-                    "y": "auroc",
-                    "series": "distance",
-                    "low": "auroc_low",
-                    "high": "auroc_high",
-                    "facet": "side",
-                },
-                unit="AUROC",
-                caption=f"Whether a vertex {says[direction]}. {about}",
-            )
-            for direction in get_args(Direction)
-        ]
-        caption = f"{about} In the control task edges and vertices have distances drawn at random."
-        whole = Table(name="reachability", frame=self.frame, kind="table", axes={}, unit="", caption=caption)
-        return [*curves, whole]
+        return reachability_tables(self.summary())
 
-    def _curves(self, direction: Direction) -> pd.DataFrame:
-        rows = [
+
+def reachability_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The tables of a summary, which may have been kept."""
+    frame = pd.DataFrame(summary["cells"])
+    about = (
+        f"Ridge probes fitted on {summary['n_train']} prompts and scored on {summary['n_test']} of other graphs: AUROC "
+        "within a row of vertices at a distance against unreachable ones, 0.5 is chance. 95 % bootstrap intervals over "
+        "the n prompts that have such pairs."
+    )
+    says = {"forward": "can be reached from the row's vertex", "backward": "reaches the row's vertex"}
+    curves = [
+        Table(
+            name=f"reachability_{direction}",
+            frame=_curves(frame.loc[frame["direction"] == direction]),
+            kind="curve",
+            axes={
+                "x": AFTER,
+                "y": "auroc",
+                "series": "distance",
+                "low": "auroc_low",
+                "high": "auroc_high",
+                "facet": "rows",
+            },
+            unit="AUROC",
+            caption=f"Whether a vertex {says[direction]}. {about}",
+        )
+        for direction in get_args(Direction)
+    ]
+    caption = f"{about} In the control task edges and vertices have distances drawn at random."
+    return [*curves, Table(name="reachability", frame=frame, kind="table", axes={}, unit="", caption=caption)]
+
+
+def _curves(frame: pd.DataFrame) -> pd.DataFrame:
+    """The trained model's values, then the untrained one's where there are any, a panel for each side."""
+    panels = []
+    for suffix, column in (("", "auroc"), (", untrained", "untrained")):
+        values = {end: frame[f"{column}{end}"] for end in ("", "_low", "_high")}
+        shown = pd.DataFrame(
             {
-                AFTER: EMBEDDED if each.site.kind is SiteKind.resid_pre else str(each.site.layer),
-                "side": each.side,
-                "distance": f"{each.distance} edge{'s' if each.distance > 1 else ''} away",
-                **columns_of("auroc", each.auroc),
-                "n": each.n,
+                AFTER: [_place(site) for site in frame["site"]],
+                "rows": frame["side"] + suffix,
+                "distance": [f"{each} edge{'s' if each > 1 else ''} away" for each in frame["distance"]],
+                **{f"auroc{end}": column.astype(float) for end, column in values.items()},
+                "n": frame["n"],
             }
-            for each in self.known
-            if each.direction == direction
-        ]
-        return pd.DataFrame(rows, columns=[AFTER, "side", "distance", "auroc", "auroc_low", "auroc_high", "n"])
+        )
+        panels.append(shown.dropna(subset=["auroc"]))
+    return pd.concat(panels, ignore_index=True)
+
+
+def _place(site: str) -> str:
+    found = Site.parse(site)
+    return EMBEDDED if found.kind is SiteKind.resid_pre else f"layer {found.layer}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -270,6 +283,8 @@ def _split(task: GraphSearch, batch: Batch, seed: int) -> Bool[Tensor, " batch"]
             f"These {len(batch)} prompts are of {n_graphs} different graphs; a probe needs {FEWEST_GRAPHS} or more, "
             "some to fit and others to score. Draw more."
         )
+    from sklearn.model_selection import GroupShuffleSplit
+
     state = derive_seed(seed, "reachability split") % 2**32
     split = GroupShuffleSplit(n_splits=1, test_size=TEST_GRAPHS, random_state=state)
     _, test = next(split.split(np.zeros(len(batch)), groups=group))

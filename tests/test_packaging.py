@@ -139,7 +139,8 @@ def closure(name: str, extras: set[str], seen: set[str]) -> Iterator[str]:
 def test_environment_is_the_lock() -> None:
     if Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("not the environment that `make setup` made")
-    extras = set(PROJECT["project"]["optional-dependencies"])
+    extras = set(re.search(r"^EXTRAS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split(","))
+    assert extras <= set(PROJECT["project"]["optional-dependencies"])
     pins = lock()
     brought = sorted(closure(DISTRIBUTION, extras, set()))
     assert not [name for name in brought if name not in pins], "missing from requirements.lock: run `make lock`"

@@ -229,7 +229,7 @@ def _panels_a_row(names: Sequence[str]) -> int:
 
 def _curves(table: Table) -> go.Figure:
     drawn, panels = _panel_row(table)
-    axes = table.axes
+    axes, named = table.axes, _first_panels(table, panels)
     for column, frame in enumerate(panels.values(), start=1):
         for place, (name, rows) in enumerate(_series(table, frame)):
             colour = COLOURS[place % len(COLOURS)]
@@ -240,7 +240,7 @@ def _curves(table: Table) -> go.Figure:
                 y=rows[axes["y"]],
                 name=name,
                 legendgroup=name,
-                showlegend="series" in axes and column == 1,
+                showlegend=named.get(name) == column,
                 mode="lines+markers" if len(rows) <= FEW_POINTS else "lines",
                 line={"color": colour, "dash": DASHES[place % len(DASHES)], "width": 2},
                 hovertemplate=_hover_value(table, "y"),
@@ -275,9 +275,10 @@ def _bars(table: Table) -> go.Figure:
     labels = _places(table.frame[table.axes["x"]])
     # Names are read across, so their bars lie; numbers keep the axis that they are used to.
     lying = not _is_number(labels)
+    named = _first_panels(table, panels)
     for column, frame in enumerate(panels.values(), start=1):
         for place, (name, rows) in enumerate(_series(table, frame)):
-            bar = _bar(table, rows, name, place, lying=lying, in_legend=column == 1)
+            bar = _bar(table, rows, name, place, lying=lying, in_legend=named.get(name) == column)
             drawn.add_trace(bar, row=1, col=column)
     label_axes, value_axes = (drawn.update_xaxes, drawn.update_yaxes)[:: -1 if lying else 1]
     label_axes(title_text=_words(table.axes["x"]), showgrid=False, **({"col": 1} if lying else {}))
@@ -306,7 +307,7 @@ def _bar(
         "orientation": "h" if lying else "v",
         "name": name,
         "legendgroup": name,
-        "showlegend": "series" in axes and in_legend,
+        "showlegend": in_legend,
         "customdata": _interval(table, rows),
         "hovertemplate": f"{_words(axes['x'])}: %{{{label_axis}}}<br>{_hover_value(table, value_axis)}",
     }
@@ -338,6 +339,19 @@ def _series(table: Table, frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFra
     # All names in every panel, so that a colour and a dash belong to one name.
     for name in table.frame[column].unique():
         yield _words(str(name)), frame[frame[column] == name]
+
+
+def _first_panels(table: Table, panels: Mapping[str, pd.DataFrame]) -> dict[str, int]:
+    """The first panel, from 1, in which each series has anything: its entry in the legend belongs to that one."""
+    if "series" not in table.axes:
+        return {}
+    filled = [
+        (name, column)
+        for column, frame in enumerate(panels.values(), start=1)
+        for name, rows in _series(table, frame)
+        if len(rows)
+    ]
+    return dict(reversed(filled))
 
 
 def _draw_value_axis(table: Table, update: Any, **where: int) -> None:

@@ -46,6 +46,15 @@ def pick_device(name: str | None = None) -> torch.device:
         raise WorkbenchError(f"Device {name!r} is not one that torch knows. Use 'cpu' or 'cuda'.") from error
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device itself multiplies matrices in bfloat16."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(present for name, present in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
 def derive_seed(seed: int, *names: str | int) -> int:
     """A seed of its own for each use of `seed`, so that streams never overlap and adding one moves no other."""
     text = "/".join([str(seed), *map(str, names)])
@@ -79,6 +88,11 @@ def thread_count() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

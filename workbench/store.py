@@ -237,6 +237,17 @@ def write_atomic(path: Path, content: bytes) -> None:
             raise
 
 
+def check_writable(path: Path) -> None:
+    """Make the file's folder, and see that something can be written there.
+
+    Raises:
+        WorkbenchError: it cannot.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def to_json(content: object) -> str:
     """JSON with no NaN: numbers that are not finite become null."""
     return json.dumps(_finite(content), indent=2, allow_nan=False)

@@ -276,7 +276,7 @@ def margins(rows: Sequence[str], columns: Sequence[str], title: str) -> Margins:
     row_width = _longest(rows) * LETTER
     column_width = _longest(columns) * LETTER
     return Margins(
-        left=round(min(210, max(36, row_width + 14))),
+        left=round(min(240, max(36, row_width + 14))),
         top=round(16 + 20 * lines),
         right=16,
         bottom=62 + (round(min(110, column_width)) if _upright(columns) else 16),

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import streamlit as st
 import torch
 
-from apps.grafting import delta_of, examples_of, graft_of, labelled, learn_regions
+from apps.graft_pairs import Pair, delta_of, examples_of, pair_of_runs, pair_of_texts
+from apps.grafting import graft_in, kept_graft, learn_regions
 from apps.ui import state
 from circuits.graft_judgement import GraftJudgement, over_densities, overlaps
-from circuits.graft_masks import Labelled
 from circuits.grafting import Graft
+from workbench.runtime import WorkbenchError
 from workbench.tables import Table
-from workbench.tasks.skills import ANSWERS, Skills
+from workbench.tasks.skills import Skills
 from workbench.training.checkpoints import Run
+from workbench.training.text_donors import TextDonor, donor_names, load_donor
 
 SPINNER = "Finding the graft and its controls …"
+REAL_STEPS = 12
+"""Of a method that learns, with a real model: each takes seconds."""
+QUICK = 256
+"""Test examples of a real model that a click is answered on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +52,19 @@ def base_of(run: Run) -> Run:
     return state.open_run(run.recipe.start.run)
 
 
+def pair_of(reference: str) -> Pair:
+    """A donor, of a run or of a real model, with its base.
+
+    Raises:
+        WorkbenchError: there is none, or its base is not there any more.
+    """
+    if reference in donor_names():
+        donor = load_donor(reference)
+        return pair_of_texts(donor.recipe.base, donor)
+    run = state.open_run(reference)
+    return pair_of_runs(base_of(run), run)
+
+
 def siblings(run: Run) -> list[str]:
     """Donors of the same base that learnt another skill."""
     return state.references_where(
@@ -51,12 +72,36 @@ def siblings(run: Run) -> list[str]:
     )
 
 
+def real_siblings(donor: TextDonor) -> list[str]:
+    """Donors of the same real model that learnt another task."""
+    found = []
+    for name in donor_names():
+        with contextlib.suppress(WorkbenchError):
+            other = load_donor(name).recipe
+            if other.base_sha256 == donor.recipe.base_sha256 and other.task != donor.recipe.task:
+                found.append(name)
+    return found
+
+
 @st.cache_resource(max_entries=32, show_spinner=SPINNER)
 def judgement_of(asked: Asked) -> GraftJudgement:
     """The graft and everything that it is compared with."""
-    donor = state.open_run(asked.donor)
-    foreign = None if asked.foreign is None else state.open_run(asked.foreign)
-    return graft_of(base_of(donor), donor, method=asked.method, density=asked.density, foreign=foreign)
+    return graft_in(pair_of(asked.donor), **_options(asked))
+
+
+def kept_judgement_of(asked: Asked) -> GraftJudgement | None:
+    """The same of a real model, where a job has kept it."""
+    read = kept_graft(pair_of(asked.donor), steps=REAL_STEPS, **_options(asked))
+    return None if read is None else _read(asked, read)
+
+
+def command_of(asked: Asked, base: str) -> tuple[str, ...]:
+    """The command whose result `kept_judgement_of` reads."""
+    foreign = () if asked.foreign is None else ("--foreign", asked.foreign)
+    return (
+        *("graft", base, asked.donor, "--method", asked.method, "--density", str(asked.density)),
+        *("--steps", str(REAL_STEPS), *foreign, "--json"),
+    )
 
 
 @st.cache_resource(max_entries=8, show_spinner="Finding grafts of every size …")
@@ -69,33 +114,49 @@ def sizes_of(donor: str, donor_sha256: str, base_sha256: str) -> Table:
 
 
 @st.cache_resource(max_entries=8, show_spinner="Finding the other donors' grafts …")
-def overlaps_of(asked: Asked) -> Table:
+def overlaps_of(asked: Asked, others: Sequence[str]) -> Table:
     """How far this donor's region and those of its siblings coincide."""
-    run = state.open_run(asked.donor)
-    donors = {reference: state.open_run(reference) for reference in (asked.donor, *siblings(run))}
-    return overlaps(learn_regions(base_of(run), donors, method=asked.method, density=asked.density))
+    donors = {reference: state.open_run(reference) for reference in (asked.donor, *others)}
+    return overlaps(learn_regions(base_of(donors[asked.donor]), donors, method=asked.method, density=asked.density))
 
 
-def examples_to_judge(run: Run) -> Labelled:
-    """The donor's test split."""
-    return examples_of(base_of(run), run, "test")
-
-
-def without(graft: Graft, name: str, examples: Labelled) -> Mapping[str, float]:
-    """Accuracy of the graft, and of the donor, when one tensor is left to the base."""
+def without(pair: Pair, graft: Graft, name: str) -> Mapping[str, float]:
+    """Accuracy of the graft and of the donor when one tensor is left to the base, and on how many test examples."""
+    examples = pair.examples("test", QUICK if pair.is_real else None)
     one = {key: torch.full_like(mask, key != name) for key, mask in graft.mask.items()}
     weights = {"graft": graft.without([name]).weights(), "donor": graft.delta.weights(one)}
-    return {who: examples.accuracy(each) for who, each in weights.items()}
+    return {**{who: examples.accuracy(each) for who, each in weights.items()}, "n": len(examples)}
 
 
-def answers(run: Run, graft: Graft, text: str) -> pd.DataFrame:
-    """What base, graft and donor say to a typed prompt, with their probability of yes."""
-    batch = run.task.prompt(text)
-    asked, delta = labelled(base_of(run), batch), graft.delta
+def answers(pair: Pair, graft: Graft, text: str) -> pd.DataFrame:
+    """What base, graft and donor say to a typed prompt, with the probability of each label.
+
+    Raises:
+        WorkbenchError: the prompt is empty, or not one of the task.
+    """
+    asked, delta = pair.typed(text), graft.delta
     rows = {"base": delta.base, "graft": graft.weights(), "donor": delta.uniform(1.0)}
     said = {who: asked.logits(weights)[0].softmax(0) for who, weights in rows.items()}
-    right = ANSWERS[int(batch.targets[batch.read][0])]
+    right = {} if pair.is_real else {"right": pair.labels[int(asked.answers[0])]}
     return pd.DataFrame(
-        [{"": who, "answer": ANSWERS[int(each.argmax())], "P(yes)": float(each[1]), "right": right}
-         for who, each in said.items()]
-    ).set_index("")  # fmt: skip
+        [
+            {
+                "": who,
+                "answer": pair.labels[int(each.argmax())],
+                **{f"P({label})": float(share) for label, share in zip(pair.labels, each, strict=True)},
+                **right,
+            }
+            for who, each in said.items()
+        ]
+    ).set_index("")
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading the graft …")
+def _read(asked: Asked, _read_kept: Callable[[], GraftJudgement]) -> GraftJudgement:
+    # What is asked names the donor's and the base's weights: the same question has the same answer.
+    return _read_kept()
+
+
+def _options(asked: Asked) -> dict[str, Any]:
+    foreign = None if asked.foreign is None else pair_of(asked.foreign)
+    return {"method": asked.method, "density": asked.density, "foreign": foreign}

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import streamlit as st
 
 from apps.analyses import key_of
-from apps.probing import MEASURES, PROBE_SITES, PROMPTS, UNTRAINED, hidden_latents, probing_tables
+from apps.probing import (
+    MEASURES,
+    PROBE_SITES,
+    PROMPTS,
+    REACHABILITY,
+    UNTRAINED,
+    hidden_latents,
+    probing_tables,
+)
 from apps.ui import charts, job_panels, jobs, state
 from apps.ui.jobs import Job
+from probes.reachability import Direction, reachability_tables
+from workbench.figures import figure
 from workbench.store import load_summary
 from workbench.training.checkpoints import Checkpoint, Run
 
@@ -49,9 +59,13 @@ def latent_maps(run: Run, shown: Sequence[Checkpoint]) -> None:
     last = summaries[shown[-1].step]
     if latent in last["left_out"]:
         state.missing(last["left_out"][latent])
-        return
-    _maps(summaries, latent, measure)
-    _downloads(run, shown[-1], last, latent, measure)
+    else:
+        _maps(summaries, latent, measure)
+        _downloads(run, shown[-1], last, latent, measure)
+    if REACHABILITY in last["left_out"]:
+        state.missing(last["left_out"][REACHABILITY])
+    elif REACHABILITY in last:
+        _reachability(summaries)
 
 
 def latent_grid(summary: Mapping[str, Any], latent: str, column: str) -> pd.DataFrame:
@@ -114,6 +128,28 @@ def _numbers(
     }
     plain = {name: f"{cell[f'{name}{suffix}']:.3f}" for name in ("control", "selectivity", "compression")}
     return {"site": site, "at": at, "accuracy": written["accuracy"], **plain, "amnesic": written["amnesic"]}
+
+
+def _reachability(summaries: Mapping[int, Mapping[str, Any]]) -> None:
+    """What a search's stream knows of reachability at each checkpoint: curves over layers, and all numbers."""
+    st.subheader("Reachability")
+    direction = st.segmented_control(
+        "Direction of the paths",
+        get_args(Direction),
+        default=get_args(Direction)[0],
+        required=True,
+        key="reach",
+        bind="query-params",
+        help="Forward: which vertices can be reached from the row's vertex. Backward: which reach it.",
+    )
+    for step, summary in summaries.items():
+        tables = {table.name: table for table in reachability_tables(summary[REACHABILITY])}
+        curves = tables[f"reachability_{direction}"]
+        st.plotly_chart(figure(curves).update_layout(title_text=f"Step {step}", height=380), key=f"reachability_{step}")
+        with st.expander(f"Numbers of step {step}, with the control task"):
+            st.dataframe(tables["reachability"].frame, hide_index=True)
+        state.download(curves, key=f"reachability_table_{step}")
+    st.caption(curves.caption)
 
 
 def _downloads(run: Run, checkpoint: Checkpoint, summary: Mapping[str, Any], latent: str, measure: str) -> None:

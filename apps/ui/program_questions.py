@@ -8,9 +8,9 @@ import pandas as pd
 import streamlit as st
 import torch
 
-from apps.programs import decompile_run, sequences_of
+from apps.programs import read_off_run, sequences_of
 from apps.ui import state
-from circuits.decompile.decompiled import Decompiled
+from circuits.decompile.decompiled import Decompiled, ReadOff, shorten
 from circuits.decompile.python import Names
 from circuits.decompile.ranges import Ranges, find_ranges
 from workbench.instrument.passes import run as run_model
@@ -54,7 +54,13 @@ def open_program(run: Run, step: int) -> Opened:
 @st.cache_data(max_entries=32, show_spinner="Writing the module, and checking it …")
 def module_of(reference: str, step: int, sha256: str, budget: float) -> Decompiled:
     """The run's module at a step; the hash stands for its weights."""
-    return decompile_run(state.open_run(reference), step, budget=budget, most=CHECKED)
+    return shorten(_read_off(reference, step, sha256), budget)
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading the program off the model …")
+def _read_off(reference: str, step: int, sha256: str) -> ReadOff:
+    """What modules of every budget are made of."""
+    return read_off_run(state.open_run(reference), step, most=CHECKED)
 
 
 def variables(opened: Opened, text: str) -> pd.DataFrame:
@@ -63,7 +69,7 @@ def variables(opened: Opened, text: str) -> pd.DataFrame:
     categorical, numerical = run_program(opened.program, tokens.numpy())
     labels = [f"{place}: {opened.task.vocab[token]}" for place, token in enumerate(tokens[0].tolist())]
     rows = {
-        name: [opened.names.value(place, int(value)).strip("'") for value in categorical[0, :, place]]
+        name: [opened.names.value(place, int(value)).strip('"') for value in categorical[0, :, place]]
         for place, name in enumerate(opened.names.categorical)
     }
     rows |= {

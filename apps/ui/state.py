@@ -47,7 +47,17 @@ def choose_run(first: str | None = None) -> Run:
     Args:
         first: the run that is shown as long as none was chosen; None is the first of all.
     """
-    known = sorted(references(), key=lambda reference: reference != first)
+    return open_run(choose_reference(first))
+
+
+def choose_reference(first: str | None = None, *, more: Sequence[str] = ()) -> str:
+    """The name that is chosen: of a run, or of something else that a page can show.
+
+    Args:
+        first: as for `choose_run`.
+        more: names to choose from beside those of the runs.
+    """
+    known = sorted([*references(), *more], key=lambda reference: reference != first)
     if not known:
         missing("There are no runs yet. Train one on the page Train, or with `workbench train modular-smoke`.")
         st.stop()
@@ -58,7 +68,7 @@ def choose_run(first: str | None = None) -> Run:
     _carry("run", known)
     reference = st.sidebar.selectbox("Run", known, key="run", bind="query-params")
     _remember("run", reference)
-    return open_run(reference)
+    return reference
 
 
 def choose_step(run: Run) -> int:

@@ -14,6 +14,7 @@ import torch
 from apps import benchmarks
 from apps.bench import Benchmark, BenchmarkResult, measure
 from apps.benchmarks import BENCHMARKS, _acdc, _curve, _eap_ig, _patching, run_benchmark
+from apps.tensor_memory import TensorMemory
 from circuits.memoised import circuit_values
 from workbench.models.config import ModelConfig
 from workbench.runtime import WorkbenchError
@@ -68,9 +69,39 @@ def test_the_share_of_the_machines_rate_is_that_of_our_side() -> None:
     assert replace(counted, theirs=(8.0,), ours=(0.5,), gemm_rates=(2.0**20,)).gemm_share == 1.0
 
 
+def test_the_memory_is_what_tensors_hold_at_once() -> None:
+    """A thousand numbers of four bytes are squared, twice; what is no longer held is not counted."""
+    x = torch.ones(1000)
+
+    def both() -> float:
+        square = x * x
+        return float((square * square)[0])
+
+    def one() -> float:
+        square = x * x
+        square = square.mul_(square)
+        return float(square[0])
+
+    result = measure(spinning(prepare=lambda: (both, one)), repeats=1, round_seconds=0)
+    # A number alone has four bytes, too, and is taken out of what is still held.
+    assert result.peak_bytes == (8000, 4000)
+    assert result.summary()["peak_bytes"] == {"peer": 8000, "ours": 4000}
+
+
+def test_memory_that_backward_needs_is_counted() -> None:
+    x = torch.ones(1000, requires_grad=True)
+    with TensorMemory() as memory:
+        y = x * 2
+        for _ in range(3):
+            y = y.exp()
+        y.sum().backward()
+    # Each exponential is kept for its gradient, and their gradients pass through one or two at a time.
+    assert 4 * 3 * 1000 <= memory.peak <= 4 * 6 * 1000 + 8
+
+
 def test_the_interval_is_of_the_ratio_of_medians_over_rounds() -> None:
     """Where both sides slow down together, the ratio stands still and so does its interval."""
-    rounds = iter([1, 1, 3, 1, 2, 1])
+    rounds = iter([1, 1, 1, 3, 1, 2, 1])
     share: dict[str, float] = {}
 
     def theirs() -> float:
@@ -105,8 +136,11 @@ def test_sides_run_alternately_on_one_thread_which_is_given_back() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    # Once untimed, once more for ours to be counted, then three rounds.
-    assert calls == [("theirs", 1), ("ours", 1), ("ours", 1)] + [("theirs", 1), ("ours", 1)] * 3
+    # Once untimed, once more for ours to be counted, once each for their memory, then three rounds.
+    assert (
+        calls
+        == [("theirs", 1), ("ours", 1), ("ours", 1), ("theirs", 1), ("ours", 1)] + [("theirs", 1), ("ours", 1)] * 3
+    )
     assert result.conditions["threads"] == 1
 
 
@@ -123,7 +157,7 @@ def test_another_result_is_no_success(wrong: float) -> None:
 
 
 def test_a_result_that_goes_wrong_later_is_noticed() -> None:
-    answers = iter([1.0, 1.0, 1.0, float("nan"), 1.0])
+    answers = iter([1.0, 1.0, 1.0, 1.0, float("nan"), 1.0])
     result = measure(
         spinning(prepare=lambda: (spin(0.002), lambda: spin(0.001, next(answers))())), repeats=3, round_seconds=0
     )
@@ -142,9 +176,10 @@ def test_a_quick_side_runs_several_times_in_a_round() -> None:
 
     benchmark = spinning(prepare=lambda: (side("slow", 0.04), side("quick", 0.004)))
     result = measure(benchmark, repeats=2, round_seconds=0.02)
-    # One call that does not count, one in which ours is counted, then two rounds: of one call each, and of about five.
-    assert calls["slow"] == 3
-    assert 8 <= calls["quick"] <= 12
+    # One call that does not count, one in which ours is counted, one for memory, then two rounds: of one call each, and
+    # of about five.
+    assert calls["slow"] == 4
+    assert 9 <= calls["quick"] <= 13
     # Seconds are still those of one call.
     assert result.ratio == pytest.approx(10, rel=0.3)
 

@@ -238,3 +238,16 @@ def test_benchmarks_by_name(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert found["benchmarks"][0]["agrees"] is True
     assert "Did you mean 'quick'" in refused(capsys, "bench", "quik")
     assert "at least 1 round" in refused(capsys, "bench", "quick", "--repeats", "0")
+
+
+def test_what_is_no_known_circuit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "learnt a transformer" in refused(capsys, "scorecard", "--circuits", "gallery:modular")
+    assert "Did you mean 'sort'" in refused(capsys, "scorecard", "--circuits", "gallery:srt")
+
+
+@pytest.mark.slow
+def test_a_program_is_scored_by_its_own_dependencies(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "scorecard", "--circuits", "gallery:hist", "--methods", "eap")
+    assert found["version"] is None
+    assert "no gradient" in found["gradients"]["gallery:hist"]
+    assert {row["truth"]: row["true"] for row in found["rows"]} == {"structural": 18, "causal": 11}

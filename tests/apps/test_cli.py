@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from apps import commands
+from apps import analysis_commands, commands
 from apps.cli import build_parser, main
 from workbench.runtime import WorkbenchError
 from workbench.training.checkpoints import load
@@ -498,4 +498,5 @@ def test_every_command_exists_and_takes_json_and_runs() -> None:
     for name, command in subparsers.choices.items():
         options = {option for action in command._actions for option in action.option_strings}
         assert {"--json", "--runs"} <= options, name
-        assert callable(getattr(commands, command.get_default("function"))), name
+        room = {"commands": commands, "analysis_commands": analysis_commands}[command.get_default("room")]
+        assert callable(getattr(room, command.get_default("function"))), name

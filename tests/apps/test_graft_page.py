@@ -39,6 +39,14 @@ def test_a_donor_is_grafted_and_judged(app_on: AppOn, grafts_folder: Path) -> No
     assert "graft_of(" in app.code[0].value
 
 
+def test_a_chosen_cell_is_left_to_the_base(app_on: AppOn, grafts_folder: Path) -> None:
+    app = app_on("graft", grafts_folder, run="tone", method="magnitude", place="1.0")
+    assert not app.exception
+    # Rows are components in their order, columns layers: the second component of the only one.
+    names = [name for name, _ in load("tone", runs=grafts_folder).model().named_parameters() if "weights." in name]
+    assert any(f"Without `{names[1]}`" in text.value for text in app.markdown)
+
+
 def test_another_method_is_another_graft(app_on: AppOn, grafts_folder: Path) -> None:
     app = app_on("graft", grafts_folder, run="tone", method="magnitude")
     assert "magnitude" not in app.dataframe[0].value.index
@@ -50,7 +58,7 @@ def test_another_method_is_another_graft(app_on: AppOn, grafts_folder: Path) -> 
 def test_a_typed_prompt_is_answered_or_refused(app_on: AppOn, grafts_folder: Path) -> None:
     app = app_on("graft", grafts_folder, run="tone")
     assert list(app.dataframe[1].value.index) == ["base", "graft", "donor"]
-    app.text_input(key="prompt").set_value("w1 w2").run()
+    app.text_input(key="prompt_tone").set_value("w1 w2").run()
     assert "5 words and a question, got 2" in app.error[0].value
 
 

@@ -18,6 +18,8 @@ def runs(tmp_path_factory):
     for task, seed in (("tone", "0"), ("tone", "1"), ("ends", "0")):
         arguments = ["finetune", "base", task, "--seed", seed, "--run", f"{task}-{seed}", *DONOR]
         assert main([*arguments, "--runs", str(folder), "--json"]) == 0
+    muon = ["finetune", "base", "tone", "--run", "tone-muon", *DONOR, "--set", "optimiser=muon", "--set", "steps=1"]
+    assert main([*muon, "--set", "evaluate_every=1", "--runs", str(folder), "--json"]) == 0
     return folder
 
 
@@ -66,6 +68,46 @@ def test_donors_of_several_seeds_have_a_mean_with_an_interval(runs, capsys):
     assert capsys.readouterr().out.count("weights_of") == 2
 
 
+def test_a_region_is_found_on_as_many_examples_as_are_asked_for(runs, capsys):
+    asked = ("graft", "base", "tone-0", "--method", "saliency", "--density", "0.05", "--runs", str(runs))
+    few, all_of_them = (said(capsys, *asked, *more) for more in (("--examples", "8"), ()))
+    assert few["weights"] == all_of_them["weights"]
+    assert few["nll"] != all_of_them["nll"]
+
+
+def test_a_union_is_judged_on_each_task_and_elsewhere(runs, capsys):
+    asked = ("union", "base", "tone-0", "ends-0", "--method", "magnitude", "--density", "0.02", "--runs", str(runs))
+    content = said(capsys, *asked, "--elsewhere", "tone-1")
+    weights = round(0.02 * content["weights"] / content["density"])
+    assert weights <= content["weights"] <= 2 * weights
+    assert [row["donor"] for row in content["kept"]] == ["tone-0", "ends-0"]
+    alone = said(capsys, "graft", "base", "tone-0", *asked[4:])
+    assert content["kept"][0]["graft_accuracy"] == alone["accuracy"]
+    assert [row["task"] for row in content["elsewhere"]] == ["tone-1", "plain questions"]
+    apart = {(row["region"], row["also_in"]): row["overlap"] for row in content["overlap"]}
+    assert apart["tone-0", "tone-0"] == 1
+    # A weight of both regions counts once.
+    assert content["weights"] == 2 * weights - round(apart["tone-0", "ends-0"] * weights)
+    assert [row["task"] for row in said(capsys, *asked)["elsewhere"]] == ["plain questions"]
+    assert main([*asked]) == 0
+    assert "union_gain" in capsys.readouterr().out
+
+
+def test_tasks_in_sequence_are_tested_after_each(runs, capsys):
+    asked = ("forget", "base", "tone-0", "ends-0", "--method", "magnitude", "--density", "0.05", "--runs", str(runs))
+    content = said(capsys, *asked, "--seeds", "0,1")
+    assert content["tasks"] == ["tone-0", "ends-0"]
+    assert (content["n"], content["seeds"]) == (2000, 2)
+    assert [row["way"] for row in content["ways"]] == ["all weights", "outside earlier regions", "own region"]
+    steps = {(row["way"], row["learnt_last"], row["task"]): row["accuracy"] for row in content["steps"]}
+    # Until the first region is taken, nothing is outside it: both ways begin alike, and with the base.
+    assert steps["all weights", "tone-0", "ends-0"] == steps["outside earlier regions", "tone-0", "ends-0"]
+    base = said(capsys, "graft", "base", "tone-0", "--method", "magnitude", "--runs", str(runs))["base"]["accuracy"]
+    assert {steps[row["way"], "nothing", "tone-0"] for row in content["ways"]} == {base}
+    assert main([*asked, "--seeds", "0"]) == 0
+    assert "95 % bootstrap" in capsys.readouterr().out
+
+
 def test_the_text_has_a_row_for_each(runs, capsys):
     assert main(["graft", "base", "tone-0", "--method", "magnitude", "--runs", str(runs)]) == 0
     text = capsys.readouterr().out
@@ -83,6 +125,13 @@ def test_the_text_has_a_row_for_each(runs, capsys):
         (["graft", "base", "tone-0", "--density", "0"], "density must be above 0"),
         (["graft", "base", "tone-0", "--density", "2"], "density must be above 0"),
         (["graft", "base", "tone-0", "--method", "best"], "Unknown method 'best'"),
+        (["graft", "base", "tone-0", "--examples", "0"], "at least 1 example, got 0"),
+        (["union", "base", "tone-0"], "two donors or more, got 1"),
+        (["union", "base", "tone-0", "tone-0"], "two donors or more, got 1"),
+        (["union", "base", "tone-0", "ends-0", "--density", "2"], "density must be above 0"),
+        (["forget", "base", "tone-0"], "name two donors or more, got 1"),
+        (["forget", "hf:minilm", "tone-0", "ends-0"], "not a real model"),
+        (["forget", "base", "tone-muon", "ends-0"], "was trained by muon"),
         (["finetune", "base", "tunes"], "Did you mean 'tone'"),
         (["finetune", "gallery:modular", "tone"], "trained on their mixture"),
         (["finetune", "base", "tone", "--run", "tone-0", "--resume", "--seed", "3"], "leave --set and --seed out"),

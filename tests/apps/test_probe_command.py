@@ -13,13 +13,23 @@ from hops import WORLD, reasoner_run
 from apps import probing
 from apps.cli import main
 from apps.probe_sections import LAST, compared_steps, gather_probes, probe_sections
-from apps.probing import MEASURES, draw_prompts, hidden_latents, probes_of, untrained_model
+from apps.probing import (
+    MEASURES,
+    REACHABILITY,
+    draw_prompts,
+    hidden_latents,
+    probes_of,
+    probing_tables,
+    untrained_model,
+)
 from apps.references import REFERENCES
 from circuits.amnesic import HELD_OUT, amnesic
 from probes.linear import linear_probe
+from probes.reachability import reachability
 from workbench.models.transformer import Transformer
 from workbench.runtime import generator
 from workbench.tasks.base import Latent
+from workbench.tasks.graph_search import GraphSearch
 from workbench.tasks.groups import in_several_groups
 from workbench.tasks.modular import Modular
 from workbench.training.checkpoints import Run, load
@@ -174,6 +184,53 @@ def test_tables_hold_both_models(run: Run) -> None:
     heat = tables["probes_bridge_accuracy"]
     assert heat.frame["model"].tolist() == ["trained", "untrained"]
     assert heat.frame["value"].tolist() == [found.cells[0]["accuracy"], found.cells[0]["accuracy_untrained"]]
+
+
+@pytest.fixture(scope="module")
+def searching(searches_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A short training on graph search, copied so that results may be kept in it."""
+    folder = tmp_path_factory.mktemp("searches") / "searching"
+    shutil.copytree(searches_folder / "searching", folder)
+    return load(str(folder))
+
+
+def test_a_search_is_asked_for_reachability_too(searching: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "probe", searching.reference, "--latent", REACHABILITY)
+    assert found["cells"] == []
+    assert found["latents"] == []
+    batch = draw_prompts(searching.task, 1000, "test")
+    assert isinstance(searching.task, GraphSearch)
+    reached = reachability(searching.model(), searching.task, batch, untrained=searching.model(0))
+    assert found[REACHABILITY] == json.loads(json.dumps(reached.summary()))
+    assert {cell["direction"] for cell in found[REACHABILITY]["cells"]} == {"forward", "backward"}
+    sites = ["L0.resid_pre", "L0.resid_post", "L1.resid_post", "L2.resid_post"]
+    assert list(dict.fromkeys(cell["site"] for cell in found[REACHABILITY]["cells"])) == sites
+    tables = {table.name: table for table in probing_tables(found)}
+    assert list(tables) == ["reachability_forward", "reachability_backward", "reachability"]
+    panels = set(tables["reachability_forward"].frame["rows"])
+    assert panels == {f"{side}{which}" for side in ("source", "target") for which in ("", ", untrained")}
+    fewer = printed(capsys, "probe", searching.reference, "--latent", REACHABILITY, "--n", "160")
+    assert fewer[REACHABILITY]["n_train"] < found[REACHABILITY]["n_train"]
+
+
+def test_all_latents_of_a_search_and_reachability_as_text(searching: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("probe", searching.reference, "--sites", "L2.resid_post", "--positions", "25")
+    found = printed(capsys, *command)
+    assert {row["latent"] for row in found["latents"]} | set(found["left_out"]) == {"start", "goal", "next"}
+    assert main([*command]) == 0
+    latents, reached = capsys.readouterr().out.strip().split("\n\n")[1:]
+    assert latents.split()[:2] == ["latent", "site"]
+    assert reached.split()[:5] == ["site", "side", "direction", "distance", "auroc"]
+    assert len(reached.splitlines()) == 1 + len(found[REACHABILITY]["cells"])
+
+
+def test_reachability_that_cannot_be_probed_is_left_out_or_refused(
+    searching: Run, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--n", "6", "--positions", "25", "--sites", "L0.resid_post")
+    assert "a probe needs 8 or more" in refused(capsys, "probe", searching.reference, "--latent", REACHABILITY, *few)
+    assert "Unknown latent 'reachability'" in refused(capsys, "probe", run.reference, "--latent", REACHABILITY)
+    assert REACHABILITY not in printed(capsys, "probe", run.reference, *BRIDGE)
 
 
 def test_sections_of_a_report(run: Run) -> None:

@@ -1,15 +1,18 @@
 """Probes of the latents on page Dynamics, and the tuned lens on page Explore."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Page, expect
+from typing_in_pages import settled
 
 from apps.analyses import kept
-from apps.probing import PROBE_SITES, PROMPTS, probes_of
+from apps.probing import PROBE_SITES, PROMPTS, Probing, probes_of
 from apps.ui import jobs
 from apps.ui.probe_panels import latent_grid
 from workbench import load
@@ -105,6 +108,25 @@ def test_the_copied_code_finds_the_same(app_on: AppOn, runs: Path, summary: dict
     assert list(names["found"].cells) == [row for row in summary["cells"] if row["latent"] == "v1"]
 
 
+def test_what_a_search_knows_of_reachability(app_on: AppOn, searches_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(searches_folder / "searching", tmp_path / "searching")
+
+    def at_the_answer(run: Run, step: int | None, **arguments: object) -> Probing:
+        return probes_of(run, step, sites="L2.resid_post", positions=(25,))
+
+    found = kept(load("searching", runs=tmp_path), "probe", at_the_answer, None, DEFAULTS)
+    app = app_on("dynamics", tmp_path, run="searching", reach="backward")
+    assert not app.exception
+    assert not app.error
+    assert "Reachability" in [each.value for each in app.subheader]
+    assert app.button_group(key="reach").value == "backward"
+    numbers = next(each.value for each in app.dataframe if "distance" in each.value.columns)
+    assert numbers.to_dict("records")[0] == found["reachability"]["cells"][0]
+    assert any("Whether a vertex reaches the row's vertex" in each.value for each in app.caption)
+    app.button_group(key="reach").set_value(["forward"]).run()
+    assert any("Whether a vertex can be reached" in each.value for each in app.caption)
+
+
 def test_pairs_of_ones_own_offer_their_answer(app_on: AppOn, pairs_folder: Path) -> None:
     app = app_on("dynamics", pairs_folder, run="own")
     assert not app.exception
@@ -119,3 +141,27 @@ def test_the_tuned_lens_is_fitted_when_it_is_asked_for(app_on: AppOn, runs: Path
     assert not tuned.error
     n_test = round(0.25 * len(run.task.examples("test")))
     assert any(f"mean reciprocal rank on {n_test} prompts held out" in each.value for each in tuned.caption)
+
+
+@pytest.mark.browser
+def test_probing_in_the_browser(
+    server_on: Callable[[Path], Any], open_page: Callable[[Any], Page], runs: Path, run: Run
+) -> None:
+    """What was probed is looked at; a checkpoint that was not is probed by a click, and then shown beside it."""
+    page = open_page(server_on(runs))
+    page.goto("/dynamics?run=values")
+    maps = page.locator("[class*='st-key-probes_'] canvas")
+    expect(page.get_by_role("heading", name="Probes of the latents")).to_be_visible()
+    expect(maps.nth(1)).to_be_visible()
+    settled(page)
+    page.get_by_text("selectivity", exact=True).filter(visible=True).click()
+    expect(page).to_have_url(re.compile("probe=selectivity"))
+
+    first = run.checkpoints[0].step
+    page.goto(f"/dynamics?run=values&pin={first}")
+    start = page.get_by_role("button", name=f"Probe step {first}")
+    expect(start).to_be_visible()
+    settled(page)
+    start.click()
+    # The step that was pinned, the last one, and the model before training.
+    expect(maps.nth(2)).to_be_visible(timeout=180_000)

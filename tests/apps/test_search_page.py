@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,10 @@ import torch
 from playwright.sync_api import Page, expect
 from typing_in_pages import settled, type_until
 
-from apps.ui import search_drawing, search_input, search_questions
+from apps.analyses import kept
+from apps.cli import build_parser, main
+from apps.tracing import COLUMNS, printed_rows, traces_of
+from apps.ui import jobs, search_drawing, search_input, search_questions, search_traces
 from apps.ui.circuit_drawing import AROUND, echarts, plotly
 from circuits.path_merging import PathTrace, trace_paths
 from circuits.search_prompts import SearchPrompt
@@ -95,7 +100,7 @@ def test_a_graph_that_cannot_be_asked_about(app_on: AppOn, searches_folder: Path
     assert not app.exception
     assert message in app.error[0].value
     # What training showed is there all the same.
-    assert [header.value for header in app.header] == ["Through training"]
+    assert [header.value for header in app.header] == ["Many inputs", "Through training"]
 
 
 def test_start_and_goal_are_chosen(app_on: AppOn, searches_folder: Path) -> None:
@@ -253,6 +258,72 @@ def test_the_copied_code_gives_the_same_answer(
     assert shares[2] == pytest.approx(app.dataframe[1].value["without them"][0], abs=1e-3)
 
 
+# Many inputs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(searches_folder: Path, tmp_path: Path) -> Path:
+    """The wired model in a runs folder of its own, of which nothing is kept."""
+    shutil.copytree(searches_folder / "doubling", tmp_path / "doubling")
+    return tmp_path
+
+
+def test_many_inputs_are_shown_where_they_were_traced(app_on: AppOn, copied: Path) -> None:
+    found = kept(load("doubling", runs=copied), "path_traces", traces_of, 1, {"n": 2, "lookahead": 2, "seed": 0})
+    app = app_on("search", copied, run="doubling", graph=GRAPH, traced="2", traced_lookahead="2")
+    assert not app.exception
+    assert not app.error
+    shown = next(each.value for each in app.dataframe if "variant" in each.value.columns)
+    assert shown.to_dict("records") == [{name: row[name] for name in COLUMNS} for row in printed_rows(found)]
+    assert shown.set_index(["variant", "lookahead"]).loc[("model", "2+"), "explained_strict"] == 1
+    assert [tab.label for tab in app.tabs][-4:] == list(search_traces.DRAWN.values())
+    code = next(each.value for each in app.code if "traces_of" in each.value)
+    assert "1, n=2, lookahead=2)" in code
+
+
+@pytest.mark.parametrize(("lookahead", "options", "inputs"), [(None, [], 12), ("3", ["--lookahead", "3"], 3)])
+def test_many_inputs_are_traced_by_a_job(
+    app_on: AppOn,
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lookahead: str | None,
+    options: list[str],
+    inputs: int,
+) -> None:
+    query = {} if lookahead is None else {"traced_lookahead": lookahead}
+    app = app_on("search", copied, run="doubling", graph=GRAPH, step="0", traced="3", **query)
+    assert not app.exception
+    assert app.button(key="traces_start").label == f"Trace {inputs} inputs"
+    waiting = [sys.executable, "-c", "import sys, time; print('trace 40 %', file=sys.stderr); time.sleep(60)"]
+    started: list[tuple[str, ...]] = []
+
+    def start(arguments: tuple[str, ...], *, subject: str) -> jobs.Job:
+        started.append(arguments)
+        return jobs.start_process(waiting, arguments, subject=subject)
+
+    monkeypatch.setattr(jobs, "start", start)
+    app.button(key="traces_start").click().run()
+    assert started == [("trace", "doubling", "--checkpoint", "0", "--n", "3", *options, "--json")]
+    assert "traces_start" not in [button.key for button in app.button]
+    app.button(key="traces_cancel").click().run()
+    job = jobs.list_jobs(copied)[0]
+    while job.running:
+        time.sleep(0.05)
+    assert job.status == "cancelled"
+    again = app_on("search", copied, run="doubling", graph=GRAPH, step="0", traced="3", **query)
+    assert "Cancelled." in texts(again)
+    assert again.button(key="traces_start").label == f"Trace {inputs} inputs again"
+
+
+def test_the_job_keeps_what_the_page_looks_for(copied: Path) -> None:
+    run = load("doubling", runs=copied)
+    asked = build_parser().parse_args(["trace", "doubling"])
+    assert asked.n is None
+    assert asked.seed == search_traces.SEED
+    assert main(["trace", "doubling", "--n", "1", "--lookahead", "1", "--runs", str(copied), "--json"]) == 0
+    assert search_traces.kept_traces(run, 1, 1, 1) is not None
+
+
 # Other runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +435,20 @@ def test_draw_step_click_and_remove(
     expect(page.get_by_role("button", name="Put it back")).to_be_visible()
     page.reload()
     expect(page.get_by_text("without the removed operations the model goes to")).to_be_visible()
+
+
+@pytest.mark.browser
+def test_many_inputs_by_a_real_job(
+    open_page: Callable[..., Page], server_on: Callable[..., Any], searches_folder: Path
+) -> None:
+    page = open_page(server_on(searches_folder))
+    page.goto("/search?run=doubling&traced=1&traced_lookahead=2")
+    page.get_by_role("button", name="Trace 1 input", exact=True).click()
+    expect(page.get_by_role("button", name="Cancel")).to_be_visible()
+    expect(page.get_by_text("Shares of inputs with 95 % score intervals.")).to_be_visible(timeout=120_000)
+    settled(page)
+    page.get_by_role("tab", name="With and without the operations").click()
+    expect(page.get_by_text("Accuracy with attention entries at zero")).to_be_visible()
 
 
 def click_operation(page: Page, trace: PathTrace, operation: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from apps import search_evidence
 from apps.evidence import Evidence, claims, gather
+from apps.probing import reachability_of
 from apps.references import REFERENCES
 from apps.report_sections import sections_of
 from apps.search_evidence import (
@@ -17,7 +18,6 @@ from apps.search_evidence import (
     SearchEvidence,
     gather_search,
     lookahead_curves,
-    reachability_of,
     search_claims,
 )
 from apps.search_sections import describe_scale, search_sections

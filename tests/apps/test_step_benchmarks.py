@@ -11,7 +11,9 @@ from torch import Tensor
 
 from apps import step_benchmarks
 from apps.bench import Benchmark, _matrix_flops, measure
-from apps.step_benchmarks import BRIDGE, EAGER, MATERIALISED, STEPS, MaterialisedReads, training_step
+from apps.step_benchmarks import BRIDGE, EAGER, MATERIALISED, STEPS, MaterialisedReads, in_bfloat16, training_step
+from workbench.kernels import reference
+from workbench.kernels.dispatch import kernels_for
 from workbench.models.config import ModelConfig
 from workbench.tasks.graph_search import GraphSearch
 from workbench.training import loop
@@ -67,6 +69,17 @@ def test_both_sides_have_the_same_gradients_at_every_step(make: Callable[[], Rec
     assert 0 < result.gemm_share < 1
 
 
+def test_a_step_in_bfloat16_is_near_the_peers_and_measured_against_products_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "has_bfloat16", lambda device: True)
+    benchmark = toy(in_bfloat16(modular_smoke), EAGER)
+    assert (benchmark.precision, benchmark.tolerance) == (torch.bfloat16, 0.05)
+    assert " in bfloat16:" in benchmark.compares
+    result = measure(benchmark, repeats=1, round_seconds=0)
+    assert 1e-4 < result.distance < 0.05
+
+
 @pytest.mark.parametrize("peer", [EAGER, BRIDGE])
 def test_another_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch, peer: dict[str, object]) -> None:
     monkeypatch.setattr(loop, "LOSSES", {"cross_entropy": lambda *given: 1.01 * cross_entropy(*given)})
@@ -95,6 +108,10 @@ def _plain_flops(choice: Tensor, variables: Tensor) -> int:
 def test_operations_are_those_of_products_and_of_attention_with_its_gradient() -> None:
     one, two = torch.ones(3, 4), torch.ones(4, 5)
     assert _matrix_flops(lambda: one @ two) == 2 * 3 * 4 * 5
+    many, plain = torch.ones(2000, 64), reference.affine
+    weights = torch.ones(64, 80, requires_grad=True)
+    for affine in (kernels_for(many.device).affine, plain):
+        assert _matrix_flops(lambda: affine(many, weights, None).sum().backward()) == 2 * 2 * 2000 * 64 * 80  # noqa: B023
     q = torch.ones(2, 3, 8, 4, requires_grad=True)
     forward = 2 * 2 * (2 * 3 * 8 * 8 * 4)
 

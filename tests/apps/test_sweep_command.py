@@ -135,7 +135,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         (("sweep", "modular-smoke", "--set", "stepz=1,2"), r"Unknown setting 'stepz'.*Did you mean 'train\.steps'"),
         (("sweep", "modular-smoke", "--set", "steps=1,"), "must be key=value or key=value,value"),
         (("sweep", "modular-smoke", "--variant", "steps=1"), "must be 'NAME: KEY=VALUE KEY=VALUE'"),
-        (("sweep", "modular-smoke", "--workers", "0"), "A sweep needs at least one worker, got 0"),
+        (("sweep", "modular-smoke", "--workers", "0"), "There must be at least one worker, got 0"),
         (("sweep", "modular-smoke", "--out", "FILE"), "is a file; tables and figures go into a folder"),
         ((*SWEEP[:-1], "weight_decay=0.1", "--set", "lr=1"), "Unknown setting 'lr'"),
         ((*SWEEP[:-1], "weight_decay=0.1,1", "--set", "evaluate_every=20"), "made by another recipe"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from apps import tracing
 from apps.cli import main
+from circuits.path_merging import trace_paths
+from circuits.search_prompts import SearchPrompt
 from workbench.models.planted_search import path_doubling
 from workbench.models.transformer import Transformer
 from workbench.runtime import generator
@@ -84,6 +87,52 @@ def test_one_lookahead_of_one_checkpoint_as_text(runs: Path, capsys: pytest.Capt
 def test_bad_input(runs: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "wired", "--runs", str(runs), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_graph_of_ones_own(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("trace", "wired", "--runs", str(runs), "--graph", "1>2 2>3 1>4 4>5 Q 1 3")
+    found = printed(capsys, *command)
+    assert (found["predicted"], found["correct"], found["explained_strict"]) == (2, True, True)
+    prompt = SearchPrompt.read(TASK.prompt(command[-1]).tokens[0], TASK.layout)
+    trace = trace_paths(load("wired", runs=runs).model(), prompt)
+    assert found["operations"] == json.loads(json.dumps(trace.summary()["operations"]))
+    assert main([*command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["predicted", "2"] in [line.split() for line in lines]
+    assert lines[-len(found["operations"]) - 1].split()[:3] == ["layer", "dest", "src"]
+    # A model that answers by nothing has no operations to print.
+    assert main([*command, "--checkpoint", "all"]) == 0
+    monkeypatch.setattr(tracing, "trace_paths", lambda *arguments: replace(trace, operations=()))
+    assert main(["trace", "wired", "--runs", str(runs), "--graph", "1>2 2>3 Q 1 3"]) == 0
+    assert "dest_token" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        ("1>2 2>3 3>1 Q 1 3", "This graph has a cycle through 1, 2, 3"),
+        ("1>2 4>5 Q 1 2", "This graph is in several parts: nothing connects 4, 5 with the start 1"),
+        ("1>2 1>3 3>4 Q 2 4", "Goal 4 cannot be reached from start 2"),
+        ("1>2 1>3 1>4 1>5 1>6 1>7 1>8 2>3 Q 1 3", "This graph has 8 edges; the model reads 1 to 7"),
+        ("1>2 1>2 Q 1 2", "Edge 1>2 is given twice"),
+        ("1>9 Q 1 9", "Vertex 9 is not in the vocabulary: vertices go from 1 to 8"),
+        ("1>2 Q 1 1", "Start and goal are both 1"),
+        ("one to two", "Cannot read 'one to two' as a prompt"),
+    ],
+)
+def test_a_graph_that_cannot_be_asked_about(
+    runs: Path, graph: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["trace", "wired", "--runs", str(runs), "--graph", graph]) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert len(told.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--n", "--lookahead"])
+def test_a_graph_is_not_a_test_input(runs: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "wired", "--runs", str(runs), "--graph", "1>2 Q 1 2", option, "2"]) == 2
+    assert "--graph traces that graph alone: leave --n and --lookahead out." in capsys.readouterr().err
 
 
 def test_another_task(runs_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from circuits import graft_masks
-from circuits.graft_judgement import Judged, judge, overlaps, relative_gain
+from circuits.graft_judgement import JUDGEMENT, Judged, judge, overlaps, read_judgement, relative_gain
 from circuits.graft_masks import METHODS, Labelled, find_graft, largest, matched
-from circuits.grafting import Delta, Graft, overlap, place_of, union
+from circuits.grafting import Delta, Graft, elected, overlap, place_of, union
 from workbench.calibration import fitted_temperature
 from workbench.runtime import WorkbenchError
 from workbench.store import Provenance
 
 DIM, HIDDEN, USED = 32, 64, 8
+OF_THEIR_OWN_SIZE = {"biases", "layer_norms", "relaxed", "heads", "neurons", "layers", "task_arithmetic", "ties"}
 QUIET = slice(10, 40)
 """Neurons that the answer hardly hears."""
 
@@ -157,6 +157,16 @@ def test_a_judgement_separates_the_planted_region_from_its_controls():
     assert [table.name for table in found.tables()] == ["graft_gain", "graft_places", "reliability"]
 
 
+def test_a_judgement_is_read_as_it_was_kept():
+    net, delta, _ = planted()
+    found = judged(find_graft(delta, labelled(net), method="dare", density=0.05), net)
+    again = read_judgement(found.files()[JUDGEMENT], delta, method="dare", provenance=found.provenance)
+    assert again.summary() == found.summary()
+    assert again.graft.scale == found.graft.scale == pytest.approx(20, rel=0.02)
+    assert all(torch.equal(mask, found.graft.mask[name]) for name, mask in again.graft.mask.items())
+    assert [each.name for each in again.judged] == [each.name for each in found.judged]
+
+
 def test_what_learns_from_noise_too_is_not_called_localised():
     net, delta, region = planted()
     density = int(region["W_in"].sum()) / len(delta)
@@ -176,7 +186,7 @@ def test_a_donor_that_gained_little_localises_nothing():
     assert "fine-tuning gained" in str(judged(Graft(delta=weak, mask=region, method="learned"), net).objection)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("biases", "layer_norms", "relaxed")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in OF_THEIR_OWN_SIZE])
 def test_sizes_are_exact(method):
     net, delta, _ = planted()
     assert len(find_graft(delta, labelled(net), method=method, density=0.01)) == round(0.01 * len(delta))
@@ -200,6 +210,59 @@ def test_named_sets_are_taken_by_their_names():
         find_graft(delta, examples, method="layer_norms")
 
 
+def two_tensors():
+    change = {"a.0.w": torch.tensor([[1.0, -4.0], [3.0, 2.0]]), "a.1.w": torch.tensor([0.5, -0.25, 8.0, 0.125])}
+    base = {name: torch.zeros_like(tensor) for name, tensor in change.items()}
+    return Delta.between(base, change, base)
+
+
+def told(gains):
+    """Examples whose gradient makes these the gains of switching a change of `two_tensors`."""
+    delta = two_tensors()
+
+    class Told(Labelled):
+        def gradient(self, weights):
+            return 0.0, {name: -torch.tensor(gains[name]) / tensor for name, tensor in delta.change.items()}
+
+    return Told(module=nn.Module(), batches=[(torch.zeros(1), torch.tensor([0]))], read=lambda out: out)
+
+
+def test_ties_takes_the_largest_changes_of_each_tensor():
+    found = find_graft(two_tensors(), told({}), method="ties", density=0.5)
+    assert found.mask["a.0.w"].tolist() == [[False, True], [True, False]]
+    assert found.mask["a.1.w"].tolist() == [True, False, True, False]
+    assert found.weights()["a.0.w"].tolist() == [[0, -4], [3, 0]]
+
+
+def test_dare_drops_at_random_and_keeps_the_mean_change():
+    delta = two_tensors()
+    drawn = [find_graft(delta, told({}), method="dare", density=0.25, seed=seed).weights() for seed in range(200)]
+    for name, change in delta.change.items():
+        each = torch.stack([weights[name] for weights in drawn])
+        assert set((each / change).unique().tolist()) == {0.0, 4.0}
+        error = each.std(0) / len(drawn) ** 0.5
+        assert ((each.mean(0) - change).abs() <= 3.5 * error).all()
+    everything = find_graft(delta, told({}), method="dare", density=1.0).weights()
+    assert all(torch.equal(everything[name], change) for name, change in delta.change.items())
+
+
+def test_task_arithmetic_adds_a_share_of_all_changes():
+    delta = two_tensors()
+    found = find_graft(delta, told({}), method="task_arithmetic")
+    assert found.density == 1
+    for name, tensor in found.weights().items():
+        assert torch.allclose(tensor, 0.4 * delta.change[name])
+
+
+def test_one_layer_is_the_one_that_promises_most():
+    gains = {"a.0.w": [[1.0, 9.0], [0.0, 0.0]], "a.1.w": [6.0, -1.0, 5.0, 0.0]}
+    found = find_graft(two_tensors(), told(gains), method="one_layer", density=0.25)
+    assert not found.mask["a.0.w"].any()
+    assert found.mask["a.1.w"].tolist() == [True, False, True, False]
+    found = find_graft(two_tensors(), told(gains), method="one_layer", density=1 / 8)
+    assert found.mask["a.0.w"].tolist() == [[False, True], [False, False]]
+
+
 class Scripted(Labelled):
     """Examples that give gradients from a script, and remember the weights that were asked about."""
 
@@ -210,14 +273,13 @@ class Scripted(Labelled):
         return float(4 - sum(asked)), {"w": torch.tensor(self.module.script[len(self.module.asked) - 1])}
 
 
-def test_a_region_is_learned_by_gains_that_add_up(monkeypatch):
-    monkeypatch.setattr(graft_masks, "STEPS", 2)
+def test_a_region_is_learned_by_gains_that_add_up():
     module = nn.Module()
     # First gains 3, 2, 0; then 1.5, 2, 1: summed the first weight leads, the second alone by the last of them.
     module.asked, module.script = [], [[-3.0, -2.0, 0.0], [-1.5, -2.0, -1.0], [0.0, 0.0, 0.0]]
     delta = Delta.between({"w": torch.zeros(3)}, {"w": torch.ones(3)}, ["w"])
     examples = Scripted(module=module, batches=[(torch.zeros(1), torch.tensor([0]))], read=lambda out: out)
-    found = find_graft(delta, examples, density=1 / 3)
+    found = find_graft(delta, examples, density=1 / 3, steps=2)
     assert module.asked == [[0, 0, 0], [1, 0, 0], [1, 0, 0]]
     assert found.mask["w"].tolist() == [True, False, False]
 
@@ -288,6 +350,22 @@ def test_grafts_unite_and_overlap_as_worked_by_hand():
         overlap(one.mask, {"w": mask(0, 0, 0, 0)})
 
 
+def test_grafts_that_disagree_elect_a_sign():
+    base = {"w": torch.zeros(5)}
+    rows = ([4.0, 1.0, -2.0, 5.0, 0.0], [2.0, -3.0, -1.0, 7.0, 1.0], [-1.0, -1.0, 3.0, 9.0, 1.0])
+    kept = (mask(1, 1, 1, 1, 1), mask(1, 1, 1, 0, 0), mask(1, 1, 1, 0, 1))
+    grafts = [
+        Graft(delta=Delta.between(base, {"w": torch.tensor(row)}, base), mask={"w": each}, method="ties")
+        for row, each in zip(rows, kept, strict=True)
+    ]
+    # Sums 5, -3, 0, 5, 1: the mean of 4 and 2; of -3 and -1; of none; 5 alone; 1 alone.
+    assert elected(grafts)["w"].tolist() == [3, -2, 0, 5, 1]
+    assert torch.equal(elected([grafts[0]] * 3)["w"], grafts[0].weights()["w"])
+    half = Graft(delta=grafts[0].delta, mask={"w": kept[0]}, method="task_arithmetic", scale=0.5)
+    assert elected([half])["w"].tolist() == half.weights()["w"].tolist() == [2, 0.5, -1, 2.5, 0]
+    assert union([half])["w"].tolist() == [2, 0.5, -1, 2.5, 0]
+
+
 def mask(*values):
     return torch.tensor(values, dtype=torch.bool)
 
@@ -331,6 +409,12 @@ def test_a_density_is_a_share(density):
     net, delta, _ = planted()
     with pytest.raises(WorkbenchError, match="density must be above 0"):
         find_graft(delta, labelled(net), density=density)
+
+
+def test_steps_are_needed():
+    net, delta, _ = planted()
+    with pytest.raises(WorkbenchError, match="steps must be at least 1"):
+        find_graft(delta, labelled(net), steps=0)
 
 
 def test_unknown_methods_and_wrong_masks_are_refused():

@@ -116,8 +116,11 @@ def test_tables_and_summary(found):
     tables = {table.name: table for table in found.tables()}
     assert set(tables) == {
         *("explained", "explained_strict", "right_and_explained", "causes", "longest_paths", "merges"),
-        "ablated_operations",
+        *("explained_judged", "ablated_operations"),
     }
+    judged = tables["explained_judged"].frame.set_index(["variant", "merge"])
+    assert judged.loc[(MODEL, "strict"), "explained"] == judged.loc[(MODEL, "published"), "explained"] == 1
+    assert set(judged["n"]) == {2 * N}
     assert "1 skipped" in tables["explained"].caption
     assert tables["right_and_explained"].frame["inputs"].sum() == 3 * N
     longest = tables["longest_paths"].frame
@@ -139,7 +142,7 @@ def test_only_what_is_judged_is_ablated():
     assert traces.ablations is None
     assert traces.summary()["causal"] is None
     assert traces.summary()["judged"] is None
-    assert "ablated_operations" not in {table.name for table in traces.tables()}
+    assert not {"ablated_operations", "explained_judged"} & {table.name for table in traces.tables()}
 
 
 def test_nothing_to_trace():

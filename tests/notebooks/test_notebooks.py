@@ -36,6 +36,13 @@ def search(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    settings = ["steps=100", "letters=3", "task.n_ctx=5", "size=60", "batch_size=64", "evaluate_every=50"]
+    recipe = find_recipe("program-smoke").override(settings)
+    return train(recipe, new_run("counts", tmp_path_factory.mktemp("programs")))
+
+
+@pytest.fixture(scope="module")
 def donors(tmp_path_factory):
     """A base of skills, and two donors."""
     runs = tmp_path_factory.mktemp("donors")
@@ -50,12 +57,13 @@ def donors(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_from_top_to_bottom(path, smoke_run, reasoners, search, donors, monkeypatch):
+def test_notebook_runs_from_top_to_bottom(path, smoke_run, reasoners, search, program, donors, monkeypatch):
     chains, looped = reasoners
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_RUN", str(smoke_run.folder.path))
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_REASONER", str(chains.folder.path))
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_LOOPED", str(looped.folder.path))
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_SEARCH", str(search.folder.path))
+    monkeypatch.setenv("WORKBENCH_NOTEBOOK_PROGRAM", str(program.folder.path))
     base, *taught = [str(run.folder.path) for run in donors]
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_BASE", base)
     monkeypatch.setenv("WORKBENCH_NOTEBOOK_DONORS", ",".join(taught))

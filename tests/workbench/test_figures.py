@@ -204,6 +204,16 @@ def test_panels_of_curves() -> None:
     assert [trace.showlegend for trace in drawn.data if trace.name == "train"] == [True, False]
 
 
+@pytest.mark.parametrize("kind", ["curve", "bar"])
+def test_a_series_that_the_first_panel_lacks_is_in_the_legend(kind: Kind) -> None:
+    rows = [
+        {"step": 0, "loss": 1.0, "split": split, "run": run} for run in ("one", "two") for split in ("train", "test")
+    ]
+    drawn = figure(table(rows[1:], kind, x="step", y="loss", series="split", facet="run"))
+    shown = [(trace.name, len(trace.x)) for trace in drawn.data if trace.showlegend]
+    assert shown == [("test", 1), ("train", 1)]
+
+
 def bars(labels: Sequence[Any], **options: Any) -> Table:
     rows = [{"part": label, "effect": i + 1.0, "low": i + 0.5, "high": i + 3.0} for i, label in enumerate(labels)]
     return table(rows, "bar", x="part", y="effect", low="low", high="high", **options)

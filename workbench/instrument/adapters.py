@@ -68,6 +68,10 @@ class ModelShape:
     causal: bool
     d_vocab: int
 
+    def heads_of(self, kind: SiteKind) -> int:
+        """As many in every layer."""
+        return self.n_heads
+
 
 class BridgeModel:
     """A TransformerLens bridge as an `Instrumented` model: the same weights, looked into through its own hooks."""
@@ -256,7 +260,7 @@ class NnsightModel:
         return tuple(order)
 
     def _heads(self, site: Site) -> int:
-        return self._places[site].heads or self.config.n_heads
+        return self._places[site].heads or self.config.heads_of(site.kind)
 
     def _change(self, site: Site, edit: Edit) -> Callable[[int, Any], Any]:
         return partial(_edit_output, site, self._heads(site), edit)
@@ -363,7 +367,7 @@ def hooked_root(model: nn.Module) -> HookedRootModule:
     config = model.config
     cfg = SimpleNamespace(
         n_layers=config.n_steps,
-        n_heads=config.n_heads,
+        n_heads=config.heads_of(SiteKind.z),
         n_key_value_heads=None,
         d_mlp=config.d_mlp,
         n_ctx=config.n_ctx,

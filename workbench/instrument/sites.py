@@ -161,9 +161,8 @@ class Shape(Protocol):
         """Layers that are executed; a shared block counts each time."""
         ...
 
-    @property
-    def n_heads(self) -> int:
-        """Attention heads of each layer."""
+    def heads_of(self, kind: SiteKind) -> int:
+        """Heads that each site of a kind with heads has."""
         ...
 
     @property
@@ -243,6 +242,17 @@ class EdgeReadable(Instrumented, Protocol):
         """Gradient at what each head reads, from that at its queries, keys or values: the mean over points."""
         ...
 
+    def patterns(
+        self,
+        step: int,
+        heads: slice,
+        scores: Float[Tensor, "*rows head dest src"],
+        allowed: Bool[Tensor, "*#rows #head dest src"],
+        dest: Int[Tensor, " dest"],
+    ) -> Float[Tensor, "*rows head dest src"]:
+        """Where some heads look from positions `dest`, by their scaled scores: differentiable, and not by values."""
+        ...
+
     def write_heads(
         self, step: int, heads: slice, z: Float[Tensor, "*rows head d_head"]
     ) -> Float[Tensor, "*rows head d_model"]:
@@ -293,8 +303,8 @@ def check_site(site: Site, model: Instrumented) -> None:
             f"Site {site} is not in this model ({model.config.n_steps} layers). "
             f"{nearest(str(site.whole), map(str, model.sites))} List all with model.sites."
         )
-    if site.head is not None and site.head >= model.config.n_heads:
-        raise WorkbenchError(f"Site {site}: this model has heads 0 to {model.config.n_heads - 1}.")
+    if site.head is not None and site.head >= (heads := model.config.heads_of(site.kind)):
+        raise WorkbenchError(f"Site {site}: this model has heads 0 to {heads - 1}.")
     if site.neuron is not None and site.neuron >= model.config.d_mlp:
         raise WorkbenchError(f"Site {site}: this model has neurons 0 to {model.config.d_mlp - 1}.")
 
@@ -339,4 +349,4 @@ def _named_sites(name: str | Site, model: Instrumented) -> Iterable[Site]:
 def _heads_of(site: Site, model: Instrumented) -> Iterable[Site]:
     if "head" not in site.kind.dims or site.head is not None:
         return [site]
-    return [replace(site, head=head) for head in range(model.config.n_heads)]
+    return [replace(site, head=head) for head in range(model.config.heads_of(site.kind))]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from workbench.instrument.passes import run
@@ -23,6 +20,19 @@ MAX_ITERATIONS = 1000
 
 Cell = tuple[Site, int]
 """A site and a position."""
+
+
+@runtime_checkable
+class Line(Protocol):
+    """A linear classifier that was fitted; scikit-learn, whose pipeline it is, takes a second to import."""
+
+    def predict(self, X: NDArray[np.float64]) -> NDArray[np.int64]:
+        """The class of each row."""
+        ...
+
+    def predict_proba(self, X: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The probability of each class, by row."""
+        ...
 
 
 def read_cells(
@@ -53,19 +63,24 @@ def read_cells(
     }
 
 
-def fit_line(features: Float[Tensor, "batch feature"], labels: Int[Tensor, " batch"]) -> Pipeline:
+def fit_line(features: Float[Tensor, "batch feature"], labels: Int[Tensor, " batch"]) -> Line:
     """A logistic regression on features of mean 0 and variance 1; labels of at least two classes."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     line = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
     with warnings.catch_warnings():
         # One that is not done after so many steps is still a line, and is scored on what it never saw.
         warnings.simplefilter("ignore", ConvergenceWarning)
         # Classes may be many for the prompts there are: these are names, not numbers to regress on.
         warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-        return line.fit(features.double().numpy(), labels.numpy())
+        return cast(Line, line.fit(features.double().numpy(), labels.numpy()))
 
 
 def told_by_line(
-    line: Pipeline, features: Float[Tensor, "batch feature"], labels: Int[Tensor, " batch"]
+    line: Line, features: Float[Tensor, "batch feature"], labels: Int[Tensor, " batch"]
 ) -> Bool[Tensor, " batch"]:
     """Which prompts' class the line tells."""
     predicted: NDArray[np.int64] = line.predict(features.double().numpy())

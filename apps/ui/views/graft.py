@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import streamlit as st
 
-from apps.ui import charts, state
+from apps.graft_pairs import Pair
+from apps.ui import charts, job_panels, jobs, state
 from apps.ui.graft_questions import (
+    REAL_STEPS,
     Asked,
     answers,
-    base_of,
-    examples_to_judge,
+    command_of,
     is_donor,
     judgement_of,
+    kept_judgement_of,
     overlaps_of,
+    pair_of,
+    real_siblings,
     siblings,
     sizes_of,
     without,
@@ -21,8 +27,8 @@ from circuits.graft_judgement import ENOUGH, TOO_MUCH, GraftJudgement
 from circuits.graft_masks import METHODS
 from circuits.grafting import place_of
 from workbench.figures import figure
-from workbench.tasks.skills import Skills
 from workbench.training.checkpoints import Run
+from workbench.training.text_donors import donor_names, load_donor
 
 DENSITIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 NO_OTHER = "none"
@@ -31,32 +37,78 @@ NO_OTHER = "none"
 def page() -> None:
     """The page."""
     st.title("Graft")
-    run = state.choose_run(first=next(iter(state.references_where(is_donor)), None))
-    if not is_donor(run):
-        _offer_donors(run)
-        return
+    real = donor_names()
+    first = next(iter(state.references_where(is_donor)), None)
+    reference = state.choose_reference(first, more=real)
     with state.user_errors_shown():
-        asked = _ask(run)
-        found = judgement_of(asked)
-        _figures(found)
-        _places(run, found)
-        _prompt(run, found)
-        _more(run, asked)
-        state.copy_as_python(_python(run, asked))
+        if reference in real:
+            _real_donor(reference)
+        elif is_donor(run := state.open_run(reference)):
+            _donor(run)
+        else:
+            _offer_donors(run)
 
 
-def _ask(run: Run) -> Asked:
+def _donor(run: Run) -> None:
+    """A donor of a run: its graft is found at once."""
+    pair, others = pair_of(run.reference), siblings(run)
+    asked = _ask(pair, others)
+    _show(pair, judgement_of(asked))
+    _more(asked, others)
+    state.copy_as_python(_python(run, asked))
+
+
+def _real_donor(reference: str) -> None:
+    """A donor of a real model: its graft takes minutes, and a job finds it."""
+    pair, donor = pair_of(reference), load_donor(reference)
+    recipe, log = donor.recipe, donor.log
+    st.caption(
+        f"`{recipe.base}` learnt `{recipe.task}` ({donor.task.about}) by `{recipe.way}` in {recipe.steps} steps: "
+        f"accuracy {log['base_accuracy']:.3f} before and {log['test_accuracy']:.3f} after."
+    )
+    asked = _ask(pair, real_siblings(donor))
+    found = kept_judgement_of(asked)
+    if found is None:
+        _obtain(command_of(asked, recipe.base), reference)
+        return
+    _show(pair, found)
+    state.copy_as_python(_python_of_real(recipe.base, asked))
+
+
+def _show(pair: Pair, found: GraftJudgement) -> None:
+    _figures(found)
+    _places(pair, found)
+    _prompt(pair, found)
+
+
+def _obtain(command: tuple[str, ...], reference: str) -> None:
+    """The job that finds a graft: how it stands, or a button that starts it."""
+    job = next((each for each in jobs.list_jobs(kind="graft") if each.arguments == command), None)
+    if job is None:
+        st.caption("Finding and judging a graft of a real model takes some minutes, in the background.")
+    else:
+        job_panels.follow(job, "Finding the graft and its controls", key="graft")
+    if job is None or not job.running:
+        st.button("Find the graft", key="graft_start", on_click=_start, args=(command, reference))
+
+
+def _start(command: tuple[str, ...], reference: str) -> None:
+    jobs.start(command, subject=reference)
+
+
+def _ask(pair: Pair, others: Sequence[str]) -> Asked:
     """Method, size and the control from another task."""
     with st.sidebar:
         method = st.selectbox("Method", list(METHODS), key="method", bind="query-params")
         density = st.select_slider(
             "Share of weights", DENSITIES, value=0.01, format_func="{:.1%}".format, key="density", bind="query-params"
         )
-        other = st.selectbox("Control: another task's donor", [*siblings(run), NO_OTHER], key="foreign")
+        other = st.selectbox("Control: another task's donor", [*others, NO_OTHER], key="foreign")
+    base, donor = pair.provenance.parents
     return Asked(
-        donor=run.reference,
-        donor_sha256=run.checkpoint().sha256,
-        base_sha256=base_of(run).checkpoint().sha256,
+        donor=pair.reference,
+        donor_sha256=donor,
+        base_sha256=base,
         method=method,
         density=density,
         foreign=None if other == NO_OTHER else other,
@@ -92,38 +144,44 @@ def _figures(found: GraftJudgement) -> None:
         st.dataframe(rows, width="stretch")
 
 
-def _places(run: Run, found: GraftJudgement) -> None:
+def _places(pair: Pair, found: GraftJudgement) -> None:
     """Where the region lies; a click leaves one tensor to the base."""
     st.header("Where the weights lie", divider="gray")
     table = found.graft.where()
-    grid = table.frame.pivot_table(index="layer", columns="component", values="times_even", sort=False)
+    # Components have long names, which are only told apart where they are written out: beside the rows.
+    grid = table.frame.pivot_table(index="component", columns="layer", values="times_even", sort=False)
     rows, columns = list(map(str, grid.index)), list(map(str, grid.columns))
     chosen = charts.heatmap(
-        grid.to_numpy(), rows, columns, key="place", title="Density by tensor", unit="× evenly spread", diverging=False
+        grid.to_numpy(),
+        [component.removesuffix(".weight") for component in rows],
+        columns,
+        key="place",
+        title="Density by component and layer",
+        unit="× evenly spread",
+        diverging=False,
     )
     st.caption(f"{table.caption} Click a cell to leave that tensor to the base.")
     if chosen is not None:
-        place = (rows[chosen[0]], columns[chosen[1]])
+        place = (columns[chosen[1]], rows[chosen[0]])
         name = next(name for name in found.graft.mask if place_of(name) == place)
-        left = without(found.graft, name, examples_to_judge(run))
+        left = without(pair, found.graft, name)
         st.markdown(
             f"Without `{name}` ({int(found.graft.mask[name].sum()):,} grafted weights): accuracy of the graft "
-            f"**{left['graft']:.3f}**, of the donor **{left['donor']:.3f}**."
+            f"**{left['graft']:.3f}**, of the donor **{left['donor']:.3f}** (n = {left['n']:,})."
         )
     state.download(table, key="places_table")
 
 
-def _prompt(run: Run, found: GraftJudgement) -> None:
+def _prompt(pair: Pair, found: GraftJudgement) -> None:
     """What base, graft and donor say."""
     st.header("Ask them", divider="gray")
-    assert isinstance(run.task, Skills)
-    first = run.task.decode(run.task.examples("test").tokens[0].tolist())
-    text = st.text_input("Words and a question", value=first, key="prompt") or ""
+    said = "A sentence" if pair.is_real else "Words and a question"
+    text = st.text_input(said, value=pair.first(), key=f"prompt_{pair.reference}") or ""
     with state.user_errors_shown():
-        st.dataframe(answers(run, found.graft, text), width="stretch")
+        st.dataframe(answers(pair, found.graft, text), width="stretch")
 
 
-def _more(run: Run, asked: Asked) -> None:
+def _more(asked: Asked, others: Sequence[str]) -> None:
     """What takes longer: every size, and the regions of other tasks."""
     st.header("Sizes and tasks", divider="gray")
     if st.toggle("Relative gain at every size (about a minute)", key="sizes"):
@@ -131,8 +189,8 @@ def _more(run: Run, asked: Asked) -> None:
         st.plotly_chart(figure(table).update_layout(title_text="", height=380, margin_t=16).update_xaxes(type="log"))
         st.caption(table.caption)
         state.download(table, key="sizes_table")
-    if siblings(run) and st.toggle("Overlap with the regions of other tasks", key="overlaps"):
-        table = overlaps_of(asked)
+    if others and st.toggle("Overlap with the regions of other tasks", key="overlaps"):
+        table = overlaps_of(asked, others)
         st.plotly_chart(figure(table).update_layout(title_text="", height=420, margin_t=16))
         st.caption(table.caption)
         st.dataframe(table.frame, width="stretch", hide_index=True)
@@ -152,6 +210,18 @@ print(found.summary())
 """
 
 
+def _python_of_real(base: str, asked: Asked) -> str:
+    other = "None" if asked.foreign is None else f"open_pairs({base!r}, [{asked.foreign!r}], None)[0]"
+    return f"""
+from apps.graft_pairs import open_pairs
+from apps.grafting import graft_in
+
+(pair,) = open_pairs({base!r}, [{asked.donor!r}], None)
+found = graft_in(pair, method={asked.method!r}, density={asked.density}, steps={REAL_STEPS}, foreign={other})
+print(found.summary())
+"""
+
+
 def _offer_donors(run: Run) -> None:
     """Say that this run is no donor, and how one is made."""
     known = state.references_where(is_donor)
@@ -159,7 +229,7 @@ def _offer_donors(run: Run) -> None:
         f"Run {run.reference!r} was not taught a skill of a base; this page shows those that were. "
         + (
             "Choose one in the sidebar."
-            if known
+            if known or donor_names()
             else "Make one: `workbench train skills`, then `workbench finetune skills tone`."
         )
     )

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import streamlit as st
 
+from apps.program_sections import sizes
 from apps.ui import state
 from apps.ui.program_questions import Opened, answers, is_program, module_of, open_program, variables
+from circuits.decompile.forms import Form
+from workbench.figures import figure
 from workbench.training.checkpoints import Run
 
 BUDGETS = (0.0, 0.001, 0.01, 0.05)
+FORMS: dict[str, tuple[Form, str, str | None]] = {
+    "Python": ("python", ".py", "python"),
+    "Fast Python": ("fast", "_fast.py", "python"),
+    "RASP": ("rasp", ".rasp", None),
+    "Graph": ("graph", ".dot", None),
+}
+"""What each is called, how its file ends, and whose syntax it has."""
 
 
 def page() -> None:
@@ -63,8 +73,8 @@ def _choose_change(opened: Opened, length: int) -> tuple[int, int, int] | None:
 
 
 def _module(run: Run, step: int) -> None:
-    """The Python module, by the accuracy that may be lost to it."""
-    st.subheader("As Python", divider="gray")
+    """The program's text in the form chosen, by the accuracy that may be lost to it."""
+    st.subheader("As text", divider="gray")
     budget = st.select_slider(
         "Accuracy that may be lost to a shorter program", BUDGETS, format_func="{:.1%}".format, key="budget"
     )
@@ -76,11 +86,32 @@ def _module(run: Run, step: int) -> None:
     right.metric("Whole sequences right", f"{found.sequence_accuracy.mean:.4f}", help=f"n = {found.n:,}")
     last.metric("Answers as the model's", f"{found.agreement:.4f}", help=f"On {found.checked:,} sequences")
     everything = "every sequence there is" if found.exhaustive else f"{found.checked:,} sequences"
-    st.caption(f"The module was run on {everything} and says what the program says on each.")
-    st.download_button("Download", found.text, file_name=f"{run.recipe.name.replace('-', '_')}.py", key="module")
-    if len(found.frontier):
-        st.dataframe(found.frontier, width="stretch", hide_index=True)
-    st.code(found.text, language="python", height=520)
+    st.caption(f"Both modules were run on {everything} and say what the program says on each; lines: the readable one.")
+    form = st.segmented_control("Form", list(FORMS), default="Python", required=True, key="form", bind="query-params")
+    written, suffix, language = FORMS[form]
+    name = run.recipe.name.replace("-", "_")
+    st.download_button("Download", found.forms[written], file_name=f"{name}{suffix}", key="module")
+    st.code(found.forms[written], language=language, height=520)
+    if st.toggle("How short against how right", key="frontier", bind="query-params"):
+        _frontier(run, step)
+    st.subheader("What is made of what", divider="gray")
+    with st.container(height=640):
+        st.graphviz_chart(found.forms["graph"], width="stretch")
+    st.caption("Boxes are heads, ovals tables; a dashed line is a query or a key.")
+
+
+def _frontier(run: Run, step: int) -> None:
+    """Length and accuracy of the module by the accuracy that may be lost."""
+    sha256, modules = run.checkpoint(step).sha256, {}
+    with st.empty():
+        for done, budget in enumerate(BUDGETS):
+            st.progress(done / len(BUDGETS), f"{done} of {len(BUDGETS)} modules are written and checked")
+            modules[budget] = module_of(run.reference, step, sha256, budget)
+        st.empty()
+    table = sizes(modules)
+    st.plotly_chart(figure(table), width="stretch", key="sizes")
+    st.dataframe(table.frame, width="stretch", hide_index=True)
+    st.caption(table.caption)
 
 
 def _offer_programs(run: Run) -> None:

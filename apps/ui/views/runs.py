@@ -19,6 +19,7 @@ from workbench.tables import Table
 from workbench.training.checkpoints import Run
 from workbench.training.landmarks import sweep_result
 from workbench.training.recipe import differing_settings, flat
+from workbench.training.text_donors import donor_names
 
 NOBODY = "nobody"
 STATUS_COLOURS = {"training": "blue", "not finished": "orange"}
@@ -69,8 +70,8 @@ def _all_runs(run: Run) -> None:
 
     def choose() -> None:
         selected = st.session_state[key].selection.rows
-        if selected:
-            st.session_state["run"] = str(frame.loc[selected[0], "run"])
+        if selected and (name := str(frame.loc[selected[0], "run"])) in known:
+            st.session_state["run"] = name
 
     st.dataframe(
         frame,
@@ -81,6 +82,8 @@ def _all_runs(run: Run) -> None:
         selection_mode="single-row",
         selection_default={"selection": {"rows": chosen}},
     )
+    if donor_names():
+        st.caption("Donors of real models have no checkpoints to look into; page Graft shows what they learnt.")
 
 
 def _one_run(run: Run) -> None:
@@ -108,9 +111,11 @@ def _one_run(run: Run) -> None:
 def _numbers(run: Run) -> None:
     if not run.log.rows:
         return
-    last = run.log.rows[-1]
+    last, steps = run.last, run.log.rows[-1]["step"]
+    best = {} if last["step"] == steps else {"Best at": step_text(last["step"])}
     shown = {
-        "Steps": f"{last['step']:,}",
+        "Steps": f"{steps:,}",
+        **best,
         "Test accuracy": f"{last['test_accuracy']:.1%}",
         "Train loss": f"{last['train_loss']:.1e}",
         "Test loss": f"{last['test_loss']:.1e}",
@@ -238,10 +243,10 @@ def both_losses(run: Run, other: Run) -> Table:
 
 
 def side_by_side(run: Run, other: Run) -> pd.DataFrame:
-    """Landmarks and last evaluation of two runs, a row each."""
+    """Landmarks of two runs and the evaluation that each ended with, a row each."""
     columns = {}
     for each in (run, other):
-        last = each.log.rows[-1] if each.log.rows else {}
+        last = each.last
         columns[each.reference] = [
             step_text(each.log.step_memorised),
             step_text(each.log.step_generalised),

@@ -13,6 +13,7 @@ from apps.search_evidence import lookahead_curves
 from apps.ui import charts, search_panels, state
 from apps.ui.search_input import choose_graph, forget_other_runs
 from apps.ui.search_questions import Asked
+from apps.ui.search_traces import many_inputs
 from circuits.attention_ops import Operation
 from workbench.figures import figure
 from workbench.tasks.graph_search import GraphSearch
@@ -35,6 +36,8 @@ def page() -> None:
     asked = Asked(reference=run.reference, step=step, sha256=run.checkpoint(step).sha256, text=text)
     with state.user_errors_shown():
         state.copy_as_python(python_code(asked, search_panels.search(asked)))
+    with state.user_errors_shown():
+        many_inputs(run, step)
     _through_training(run, step)
 
 
