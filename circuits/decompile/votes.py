@@ -73,8 +73,13 @@ def tally(program: DiscreteProgram, ranges: Ranges, live: Live) -> Tally:
             bias = bias + next(iter(rows.values()))
         else:
             categorical[place] = rows
-    voting = [place for place in range(1, len(W_numerical)) if place in live.numerical and W_numerical[place].any()]
-    return Tally(bias=bias, categorical=categorical, numerical={place: W_numerical[place] for place in voting})
+    numerical = {}
+    for place, (low, high) in list(enumerate(ranges.numbers))[1:]:
+        if low == high:
+            bias = bias + low * W_numerical[place]
+        elif place in live.numerical and W_numerical[place].any():
+            numerical[place] = W_numerical[place]
+    return Tally(bias=bias, categorical=categorical, numerical=numerical)
 
 
 def ballots(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from program_models import model_of
 
@@ -49,6 +49,7 @@ def task_of(function):
     heads=st.tuples(*[st.integers(0, 2)] * 4).filter(any),
     coded=st.booleans(),
 )
+@example(seed=223, function="reverse", layers=2, heads=(1, 1, 0, 0), coded=True)  # A sum that is 1 everywhere votes.
 def test_a_module_says_what_its_program_says(seed, function, layers, heads, coded):
     names = ("categorical_heads", "numerical_heads", "categorical_mlps", "numerical_mlps")
     columns = {"coded": True, "columns": 2} if coded else {}
