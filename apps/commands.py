@@ -147,13 +147,11 @@ def _known_run(options: argparse.Namespace) -> tuple[Run, Findings]:
 
 
 def report(options: argparse.Namespace) -> Printout:
-    """The report of a run."""
-    from apps.report import report_run
-    from workbench.training.checkpoints import load
+    """The report of a run, or of a donor."""
+    from apps.report import report as write
 
-    run = load(options.run, runs=options.runs)
-    out = options.out or Path(f"report-{run.folder.path.name}")
-    written = report_run(run, out)
+    name = Path(options.run.removeprefix("gallery:")).name
+    written = write(options.run, options.out or Path(f"report-{name}"), runs=options.runs)
     return Printout(content=written.summary(), text=as_lines(written.summary()))
 
 

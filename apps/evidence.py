@@ -3,8 +3,8 @@
 `gather` runs the standard analyses once. One that does not apply (Fourier analysis of imported pairs, say) or that the
 run refuses (no headroom) is left out with its reason. `claims` then holds what was found against what the literature
 leads one to expect of a grokked network; what fails is reported like what holds. Runs on composition, comparison and
-graph search and Transformer Programs have evidence and claims of their own, in `apps.reasoner_evidence`,
-`apps.search_evidence` and `apps.program_evidence`.
+graph search, Transformer Programs and donors have evidence and claims of their own, in `apps.reasoner_evidence`,
+`apps.search_evidence`, `apps.program_evidence` and `apps.graft_sections`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from apps.analyses import (
 )
 from apps.circuits_of_runs import circuit_of, clusters_of, history_of
 from apps.claims import Claim, at_least, at_most
+from apps.graft_pairs import is_donor
+from apps.graft_sections import GraftEvidence, gather_graft, graft_claims
 from apps.probe_sections import ProbeEvidence, gather_probes
 from apps.program_evidence import ProgramEvidence, gather_program, program_claims
 from apps.reasoner_evidence import ReasonerEvidence, gather_reasoner, reasoner_claims
@@ -90,6 +92,8 @@ class Evidence:
     """What a run on graph search does and holds; None of another run."""
     program: ProgramEvidence | None = None
     """What a Transformer Program does and says; None of another run."""
+    graft: GraftEvidence | None = None
+    """The few weights that carry a donor's skill; None of a run that is no donor."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Why an analysis is not there, by its name."""
 
@@ -140,6 +144,7 @@ def gather(run: Run) -> Evidence:
         reasoner=attempt("measures of reasoning", lambda: gather_reasoner(run)) if is_reasoner else None,
         probing=attempt("probes of the latents", lambda: gather_probes(run, split=split)),
         search=search,
+        graft=attempt("graft", lambda: gather_graft(run)) if is_donor(run) else None,
         left_out=left_out,
     )
 
@@ -186,6 +191,8 @@ def claims(evidence: Evidence) -> tuple[Claim, ...]:
         return reasoner_claims(evidence.reasoner)
     if evidence.search is not None:
         return search_claims(evidence.search)
+    if evidence.graft is not None:
+        return graft_claims(evidence.graft)
     if isinstance(evidence.run.recipe.model, ProgramConfig):
         return () if evidence.program is None else program_claims(evidence.program)
     return (*_training_claims(evidence.run), *_fourier_claims(evidence), *_progress_claims(evidence))

@@ -16,7 +16,7 @@ from circuits.grafting import Delta
 from workbench.models.real_models import PREFIX, load_real_model
 from workbench.models.text_model import TextModel
 from workbench.runtime import WorkbenchError, code_version
-from workbench.store import Provenance, RunFolder
+from workbench.store import Provenance, RunFolder, gallery_names, run_names
 from workbench.tasks.base import Batch
 from workbench.tasks.skills import ANSWERS, Skills
 from workbench.training.checkpoints import Run, load
@@ -169,6 +169,36 @@ def pair_of_texts(reference: str, donor: TextDonor) -> Pair:
         ),
         step=recipe.steps,
     )
+
+
+def is_donor(run: Run) -> bool:
+    """Whether a run was taught one skill of a base."""
+    return isinstance(run.task, Skills) and run.recipe.start is not None and bool(run.checkpoints)
+
+
+def base_of(run: Run) -> Run:
+    """The run that a donor began with, beside it or in the gallery.
+
+    Raises:
+        WorkbenchError: it is not there any more.
+    """
+    assert run.recipe.start is not None
+    return load(run.recipe.start.run, runs=run.folder.path.parent)
+
+
+def sibling_runs(run: Run) -> dict[str, Run]:
+    """Donors of the same base that learnt another skill, one of each, from where this run lies."""
+    folder = run.folder.path.parent
+    if run.reference.startswith("gallery:"):
+        references = [f"gallery:{name}" for name in gallery_names()]
+    else:
+        references = run_names(folder)
+    found: dict[Any, Run] = {}
+    for reference in references:
+        other = load(reference, runs=folder)
+        if is_donor(other) and other.recipe.start == run.recipe.start and other.task != run.task:
+            found.setdefault(other.task, other)
+    return {other.reference: other for other in found.values()}
 
 
 def delta_of(base: Run, donor: Run) -> Delta:

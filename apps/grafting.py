@@ -18,13 +18,17 @@ from circuits.grafting import Graft
 from workbench.intervals import columns_of, student_of
 from workbench.models.real_models import PREFIX, load_real_model
 from workbench.runtime import WorkbenchError
-from workbench.store import kept_result, new_run, result_key
+from workbench.store import kept_result, new_run, result_key, save_result
 from workbench.training.checkpoints import Run, load
 from workbench.training.finetune import donor_recipe
 from workbench.training.loop import train
 from workbench.training.text_donors import teach, text_recipe
 
 MEASURES = ("weights", "density", "accuracy", "relative_gain", "agreement", "ece", "ece_debiased", "nll")
+REAL_STEPS = 12
+"""Of a method that learns, with a real model: each takes seconds."""
+USUAL = {"method": "learned", "density": 0.01, "seed": 0, "steps": STEPS, "examples": None}
+"""How a region is found where nothing else is said."""
 COLUMNS = ("weights_of", "weights", "accuracy", "relative_gain", "low", "high", "agreement", "nll", "ece")
 
 
@@ -82,7 +86,7 @@ def graft(options: argparse.Namespace) -> Printout:
     if any(pair.task != pairs[0].task for pair in pairs):
         raise WorkbenchError("The donors learnt different tasks: name donors of one task, and judge others apart.")
     foreign = None if options.foreign is None else open_pairs(options.base, [options.foreign], options.runs)[0]
-    told = {name: getattr(options, name) for name in ("method", "density", "seed", "steps", "examples")}
+    told = {name: getattr(options, name) for name in USUAL}
     found: list[dict[str, Any]] = []
     with stopwatch() as clock, share_bar(f"graft {', '.join(options.donors)}") as on_progress:
         for place, pair in enumerate(pairs):
@@ -136,23 +140,25 @@ def graft_in(
     )
 
 
-def kept_graft(
-    pair: Pair,
-    *,
-    method: str = "learned",
-    density: float = 0.01,
-    foreign: Pair | None = None,
-    seed: int = 0,
-    steps: int = STEPS,
-    examples: int | None = None,
-) -> Callable[[], GraftJudgement] | None:
-    """What reads the same graft, as `workbench graft` kept it; None if it did not."""
-    told = {"method": method, "density": density, "seed": seed, "steps": steps, "examples": examples}
+def kept_graft(pair: Pair, *, foreign: Pair | None = None, **told: Any) -> Callable[[], GraftJudgement] | None:
+    """What reads the graft that `graft_in` would find with these options, where it was kept; None if it was not."""
     path = kept_result(pair.folder, _key(pair, foreign, told))
-    if path is None:
+    if path is None or not (path / JUDGEMENT).is_file():
         return None
-    file = path / JUDGEMENT
+    file, method = path / JUDGEMENT, {**USUAL, **told}["method"]
     return lambda: read_judgement(file.read_bytes(), pair.delta(), method=method, provenance=pair.provenance)
+
+
+def keep_graft(
+    pair: Pair, *, foreign: Pair | None = None, on_progress: OnProgress = lambda share: None, **told: Any
+) -> GraftJudgement:
+    """The kept graft, or else the same found, judged and kept."""
+    read = kept_graft(pair, foreign=foreign, **told)
+    if read is not None:
+        return read()
+    found = graft_in(pair, foreign=foreign, on_progress=on_progress, **told)
+    save_result(pair.folder, _key(pair, foreign, told), found)
+    return found
 
 
 def learn_regions(base: Run, donors: Mapping[str, Run], *, method: str, density: float) -> dict[str, Graft]:
@@ -166,7 +172,7 @@ def learn_regions(base: Run, donors: Mapping[str, Run], *, method: str, density:
 def _key(pair: Pair, foreign: Pair | None, told: Mapping[str, Any]) -> str:
     """Under which a graft is kept with its donor."""
     parents = [*pair.provenance.parents, *(() if foreign is None else foreign.provenance.parents)]
-    return result_key("graft", {"reference": pair.recipe, **told}, parents)
+    return result_key("graft", {"reference": pair.recipe, **USUAL, **told}, parents)
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

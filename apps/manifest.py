@@ -16,6 +16,7 @@ from workbench.store import digest, read_json
 from workbench.training.checkpoints import MEASURES, METRICS, Run
 from workbench.training.recipe import TASKS, Recipe
 from workbench.training.recipes import RECIPES
+from workbench.training.text_donors import TextDonor
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -43,10 +44,36 @@ def manifest_of(run: Run) -> dict[str, Any]:
             for each in run.checkpoints
         ],
         "precision": precision_note(run),
+        **_surroundings(run.reference, train_command(run)),
+    }
+
+
+def manifest_of_donor(donor: TextDonor) -> dict[str, Any]:
+    """The same of a real model's donor, whose checkpoint is what it changed; the base's hash is in the recipe."""
+    recipe = donor.recipe
+    settings = [f"--set {setting}" for setting in recipe.settings()]
+    command = ["workbench", "finetune", recipe.base, recipe.task, "--way", recipe.way, "--seed", str(recipe.seed)]
+    return {
+        "format": FORMAT,
+        "run": {"reference": donor.reference, "status": dict(donor.log), "landmarks": {}},
+        "recipe": asdict(recipe),
+        "seeds": {"shots and batches": recipe.seed, "analyses": SEED},
+        "text": donor.task.archive.sha256,
+        "checkpoints": [{"step": recipe.steps, "reasons": ["last"], "dtype": "float16", "sha256": donor.sha256}],
+        "precision": "What the donor changed is stored in float16; analyses add it to the base in float32.",
+        **_surroundings(
+            donor.reference, " ".join([shlex.join([*command, "--run", donor.folder.path.name]), *settings])
+        ),
+    }
+
+
+def _surroundings(reference: str, train: str | None) -> dict[str, Any]:
+    """The installation, and the commands that make all of it again."""
+    return {
         "environment": {name: value for name, value in examine().items() if name != "collisions"},
         "commands": {
-            "train": train_command(run),
-            "report": shlex.join(["workbench", "report", run.reference]),
+            "train": train,
+            "report": shlex.join(["workbench", "report", reference]),
             "rerun": f"workbench rerun {NAME}",
         },
     }

@@ -185,6 +185,16 @@ REFERENCES = {
             archiveprefix="arXiv",
         ),
         _reference(
+            "panigrahi2023skill",
+            "inproceedings",
+            author="Panigrahi, Abhishek and Saunshi, Nikunj and Zhao, Haoyu and Arora, Sanjeev",
+            title="Task-Specific Skill Localization in Fine-tuned Language Models",
+            year="2023",
+            booktitle="International Conference on Machine Learning",
+            eprint="2302.06600",
+            archiveprefix="arXiv",
+        ),
+        _reference(
             "demoura2008z3",
             "inproceedings",
             author="de Moura, Leonardo and Bj{\\o}rner, Nikolaj",

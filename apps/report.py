@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ import plotly.graph_objects as go
 
 from apps.comparison import Comparison, compare_tables
 from apps.evidence import gather
+from apps.graft_pairs import pair_of_texts
+from apps.graft_sections import gather_real_graft
 from apps.manifest import NAME as MANIFEST
-from apps.manifest import manifest_of, read_manifest
+from apps.manifest import manifest_of, manifest_of_donor, read_manifest
 from apps.references import references
 from apps.report_page import render
-from apps.report_sections import sections_of
+from apps.report_sections import sections_of, sections_of_donor
 from apps.sections import Section
 from apps.static_figures import draw_static
 from apps.table_files import has_picture, write_figures, write_tables
@@ -42,6 +44,7 @@ from workbench.store import digest, to_json, write_atomic, write_json, writing
 from workbench.tables import Table
 from workbench.training.checkpoints import Run, load
 from workbench.training.recipe import flat
+from workbench.training.text_donors import TextDonor, donor_names, load_donor
 
 PAGE = "report.html"
 
@@ -74,6 +77,17 @@ class Report:
         }
 
 
+def report(reference: str, out: Path, *, runs: Path | None = None) -> Report:
+    """The report of a run, or of a real model's donor, by its name.
+
+    Raises:
+        WorkbenchError: there is none of that name, or as for `report_run`.
+    """
+    if reference in donor_names(runs):
+        return report_donor(load_donor(reference, runs=runs), out)
+    return report_run(load(reference, runs=runs), out)
+
+
 def report_run(run: Run, out: Path) -> Report:
     """Analyse a run and write its report.
 
@@ -84,6 +98,18 @@ def report_run(run: Run, out: Path) -> Report:
     check_out(out)
     sections = sections_of(gather(run))
     return build_report(f"{run.recipe.name}: {run.reference}", sections, out, manifest=manifest_of(run))
+
+
+def report_donor(donor: TextDonor, out: Path) -> Report:
+    """Find a real model's usual graft, or read the kept one, and write the donor's report.
+
+    Raises:
+        WorkbenchError: base or text is not there, or as for `report_run`.
+    """
+    check_out(out)
+    evidence = gather_real_graft(pair_of_texts(donor.recipe.base, donor))
+    sections = sections_of_donor(evidence, donor.story)
+    return build_report(f"{donor.recipe.task}: {donor.reference}", sections, out, manifest=manifest_of_donor(donor))
 
 
 def build_report(title: str, sections: Sequence[Section], out: Path, *, manifest: Mapping[str, Any]) -> Report:
@@ -157,12 +183,13 @@ def rerun_report(manifest_path: Path, out: Path | None = None, *, runs: Path | N
     out = folder.with_name(f"{folder.name}-rerun") if out is None else out
     if out.resolve() == folder:
         raise WorkbenchError(f"{out} holds the report to compare with. Choose another --out.")
-    run = _run_of(first, runs)
-    report_run(run, out)
+    reference = first["run"]["reference"]
+    _check_recipe(first, _subject(first, runs))
+    report(reference, out, runs=runs)
     rebuilt = read_manifest(out / MANIFEST)
     hashes = [{each["step"]: each["sha256"] for each in manifest["checkpoints"]} for manifest in (first, rebuilt)]
     return Comparison(
-        run=run.reference,
+        run=reference,
         first=folder,
         rebuilt=out,
         same_weights=hashes[0] == hashes[1],
@@ -179,19 +206,25 @@ def check_out(out: Path) -> None:
         raise WorkbenchError(f"{out} holds files that are not a report. Choose another --out, or empty it.")
 
 
-def _run_of(manifest: Mapping[str, Any], runs: Path | None) -> Run:
+def _subject(manifest: Mapping[str, Any], runs: Path | None) -> Run | TextDonor:
+    """The run or donor that a report is of."""
     reference = manifest["run"]["reference"]
     command = manifest["commands"]["train"]
     remedy = f" Train it: `{command}`." if command else " Copy the run's folder here."
     try:
-        run = load(reference, runs=runs)
+        return load_donor(reference, runs=runs) if reference in donor_names(runs) else load(reference, runs=runs)
     except WorkbenchError as error:
         raise WorkbenchError(f"The report's run is not here: {error}{remedy}") from error
+
+
+def _check_recipe(manifest: Mapping[str, Any], subject: Run | TextDonor) -> None:
+    recipe = subject.recipe.to_json() if isinstance(subject, Run) else asdict(subject.recipe)
     # What JSON keeps of a recipe: tuples become lists on the way.
-    recipe = json.loads(json.dumps(run.recipe.to_json()))
+    recipe = json.loads(json.dumps(recipe))
     if other := sorted(_differing(flat(manifest["recipe"]), flat(recipe))):
-        raise WorkbenchError(f"Run {reference!r} here was made by another recipe; it differs in {', '.join(other)}.")
-    return run
+        raise WorkbenchError(
+            f"Run {subject.reference!r} here was made by another recipe; it differs in {', '.join(other)}."
+        )
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[object, object]]:

@@ -1,8 +1,8 @@
 """The sections of a report, from the summary to the last analysis.
 
 A section is text and tables; how it looks on the page is not its business. What only a run on composition or comparison
-has is in `apps.reasoner_sections`, what only a run on graph search has in `apps.search_sections`, and what only a
-Transformer Program has in `apps.program_sections`.
+has is in `apps.reasoner_sections`, what only a run on graph search has in `apps.search_sections`, what only a
+Transformer Program has in `apps.program_sections`, and what only a donor has in `apps.graft_sections`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pandas as pd
 
 from apps.claims import Claim, claims_tables
 from apps.evidence import Evidence, claims
+from apps.graft_sections import PANIGRAHI, SKILL, GraftEvidence, describe_graft, graft_claims, graft_sections
 from apps.probe_sections import probe_sections
 from apps.program_sections import FRIEDMAN, describe_program, program_sections
 from apps.reasoner_sections import WANG, reasoner_sections
@@ -40,6 +41,7 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
         *(() if evidence.reasoner is None else reasoner_sections(evidence.reasoner)),
         *(() if evidence.search is None else search_sections(evidence.search)),
         *(() if evidence.program is None else program_sections(evidence.program)),
+        *(() if evidence.graft is None else graft_sections(evidence.graft)),
         _progress(evidence),
         _fourier(evidence),
         _controls(evidence),
@@ -56,29 +58,50 @@ def sections_of(evidence: Evidence) -> tuple[Section, ...]:
     return tuple(section for section in found if section is not None)
 
 
+def sections_of_donor(evidence: GraftEvidence, story: str) -> tuple[Section, ...]:
+    """What a report of a real model's donor says."""
+    summary = _summary_of([story, describe_graft(evidence)], graft_claims(evidence), SKILL, (PANIGRAHI,))
+    return (summary, *graft_sections(evidence))
+
+
 def _summary(evidence: Evidence) -> Section:
     run = evidence.run
-    found = claims(evidence)
-    held = [claim for claim in found if not claim.free]
     paragraphs = [f"{_name(run)} {_describe(run.recipe)} {_story(run)}"]
     if evidence.final is not None:
         keys = ", ".join(map(str, evidence.final.key_frequencies)) or "none"
         paragraphs.append(f"Key frequencies of the final checkpoint: {keys}.")
-    is_program = isinstance(run.recipe.model, ProgramConfig)
-    if held:
-        network = "grokked network" if evidence.search is None else "network that searches by merging paths"
-        network = "program that was read off a model" if is_program else network
-        paragraphs.append(f"Of {len(held)} findings that one expects of a {network}, {_verdict(held)}")
+    if evidence.graft is not None:
+        paragraphs.append(describe_graft(evidence.graft))
     paragraphs += [f"Left out: {name}. {reason}" for name, reason in evidence.left_out.items()]
-    literature = ("power2022grokking", "nanda2023progress" if evidence.reasoner is None else WANG)
-    literature = literature if evidence.search is None else (SAPAROV,)
-    literature = (FRIEDMAN,) if is_program else literature
+    return _summary_of(paragraphs, claims(evidence), *_expected(evidence))
+
+
+def _summary_of(
+    paragraphs: Sequence[str], found: Sequence[Claim], network: str, literature: tuple[str, ...]
+) -> Section:
+    """The summary, with the findings that one expects of such a network."""
+    held = [claim for claim in found if not claim.free]
+    if held:
+        paragraphs = [*paragraphs, f"Of {len(held)} findings that one expects of {network}, {_verdict(held)}"]
     return Section(
         title="Summary",
         text="\n\n".join(paragraphs),
         tables=claims_tables(found) if held else (),
         references=literature if held else (),
     )
+
+
+def _expected(evidence: Evidence) -> tuple[str, tuple[str, ...]]:
+    """What network the findings are expected of, and the papers that say so."""
+    if evidence.reasoner is not None:
+        return "a grokked network", ("power2022grokking", WANG)
+    if evidence.search is not None:
+        return "a network that searches by merging paths", (SAPAROV,)
+    if evidence.graft is not None:
+        return SKILL, (PANIGRAHI,)
+    if isinstance(evidence.run.recipe.model, ProgramConfig):
+        return "a program that was read off a model", (FRIEDMAN,)
+    return "a grokked network", ("power2022grokking", "nanda2023progress")
 
 
 def _verdict(held: Sequence[Claim]) -> str:

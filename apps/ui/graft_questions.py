@@ -11,20 +11,17 @@ import pandas as pd
 import streamlit as st
 import torch
 
-from apps.graft_pairs import Pair, delta_of, examples_of, pair_of_runs, pair_of_texts
-from apps.grafting import graft_in, kept_graft, learn_regions
+from apps.graft_pairs import Pair, delta_of, examples_of, is_donor, pair_of_runs, pair_of_texts
+from apps.grafting import REAL_STEPS, graft_in, kept_graft, learn_regions
 from apps.ui import state
 from circuits.graft_judgement import GraftJudgement, over_densities, overlaps
 from circuits.grafting import Graft
 from workbench.runtime import WorkbenchError
 from workbench.tables import Table
-from workbench.tasks.skills import Skills
 from workbench.training.checkpoints import Run
 from workbench.training.text_donors import TextDonor, donor_names, load_donor
 
 SPINNER = "Finding the graft and its controls …"
-REAL_STEPS = 12
-"""Of a method that learns, with a real model: each takes seconds."""
 QUICK = 256
 """Test examples of a real model that a click is answered on."""
 
@@ -39,11 +36,6 @@ class Asked:
     method: str
     density: float
     foreign: str | None
-
-
-def is_donor(run: Run) -> bool:
-    """Whether a run was taught one skill of a base."""
-    return isinstance(run.task, Skills) and run.recipe.start is not None and bool(run.checkpoints)
 
 
 def base_of(run: Run) -> Run:

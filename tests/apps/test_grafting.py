@@ -3,7 +3,12 @@ import json
 import pytest
 
 from apps.cli import main
+from apps.graft_pairs import is_donor, pair_of_runs
+from apps.graft_sections import describe_graft, gather_graft, graft_claims, graft_sections
+from apps.grafting import keep_graft, kept_graft
+from circuits.graft_judgement import JUDGEMENT
 from workbench.store import new_run
+from workbench.training.checkpoints import load
 from workbench.training.loop import train
 from workbench.training.recipes import find_recipe
 
@@ -143,3 +148,49 @@ def test_mistakes_are_one_line(runs, capsys, arguments, message):
     assert not out
     assert message in err
     assert err.strip().count("\n") == 0
+
+
+def test_a_donor_is_reported_with_its_graft_controls_and_siblings(runs):
+    evidence = gather_graft(load("tone-0", runs=runs))
+    assert evidence.foreign == "ends-0"
+    assert {"foreign", "permuted"} < set(evidence.judgement.rows["weights_of"])
+    sections = {section.title: section for section in graft_sections(evidence)}
+    assert f"{len(evidence.judgement.graft):,} weights" in sections["The graft"].text
+    names = {table.name for section in sections.values() for table in section.tables}
+    assert names == {"graft_gain", "reliability", "graft_places", "graft_sizes", "graft_overlap"}
+    assert set(evidence.overlaps.frame["region"]) == {"tone-0", "ends-0", "topic-0", "skills-smoke-repeat-adamw"}
+    assert describe_graft(evidence).endswith("One donor, one seed.")
+    # The next report reads what this one kept.
+    assert (
+        kept_graft(evidence.pair, foreign=pair_of_runs(load("base", runs=runs), load("ends-0", runs=runs))) is not None
+    )
+
+
+def test_what_a_report_expects_of_a_graft_can_fail(runs):
+    found = {claim.statement: claim for claim in graft_claims(gather_graft(load("tone-0", runs=runs)))}
+    assert len(found) == 6
+    gained = found["accuracy gained by fine-tuning"]
+    assert gained.holds == (gained.found >= 0.1)
+    (graft,) = (claim for name, claim in found.items() if name.startswith("relative gain of the graft"))
+    assert graft.interval is None or graft.holds == (graft.interval.low >= 0.9)
+    # Thirty steps of teaching put no skill into a hundredth of the weights.
+    assert not all(claim.holds for claim in found.values())
+
+
+def test_a_run_that_is_no_donor_has_no_graft(runs):
+    assert not is_donor(load("base", runs=runs))
+    assert is_donor(load("tone-0", runs=runs))
+
+
+def test_a_kept_graft_without_its_file_is_found_again(runs):
+    pair = pair_of_runs(load("base", runs=runs), load("tone-0", runs=runs))
+    first = keep_graft(pair, method="magnitude", density=0.03)
+    assert kept_graft(pair, method="magnitude", density=0.03)().summary() == first.summary()
+    (file,) = (path for path in pair.folder.path.rglob(JUDGEMENT) if path.stat().st_mtime_ns == newest(pair))
+    file.unlink()
+    assert kept_graft(pair, method="magnitude", density=0.03) is None
+    assert keep_graft(pair, method="magnitude", density=0.03).summary() == first.summary()
+
+
+def newest(pair):
+    return max(path.stat().st_mtime_ns for path in pair.folder.path.rglob(JUDGEMENT))

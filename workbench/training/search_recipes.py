@@ -2,8 +2,9 @@
 
 The model is the paper's: one-hot tokens and positions side by side, one head as wide as the stream, MLPs no wider, tied
 unembedding, attention in both directions. What differs from the paper: graphs of a few edges; and, so that a small
-model learns in minutes, Muon at a high learning rate that cools down at the end, and large lookaheads more often than
-small ones. The recipes that are older (`search-curriculum` and those made from it) take AdamW and larger batches.
+model learns in minutes, Muon at a high learning rate that cools down at the end, one more lookahead each time the last
+is learnt, and large ones more often than small ones. The recipes that are older (`search-curriculum` and
+`search-at-once`) take AdamW, larger batches, and every lookahead equally often.
 """
 
 from __future__ import annotations
@@ -34,37 +35,25 @@ def search_smoke() -> Recipe:
 
 
 def search() -> Recipe:
-    """Balanced graphs of up to 7 edges, lookahead 3 seven times as often as 0."""
-    recipe = _one_hot(
+    """Balanced graphs of up to 7 edges: lookahead 1 first, and one more each time a fresh batch is answered at 0.95."""
+    return _one_hot(
         "search",
         GraphSearch(size=26, level_draws=2),
         layers=3,
-        shows="Lookaheads 2 and 3 are learnt together, and hold on new graphs; some seeds guess among the children.",
+        shows="Lookaheads 0 to 3 are learnt in turn, and hold on new graphs.",
+        train=_muon(steps=8000, curriculum=CURRICULUM),
+        minutes=8.0,
     )
-    train = TrainConfig(
-        steps=4500,
-        optimiser="muon",
-        learning_rate=2e-3,
-        weight_decay=0.01,
-        betas=(0.95, 0.98),
-        warmup_steps=50,
-        cooldown=0.2,
-        batch_size=256,
-        clip_norm=1.0,
-        evaluate_every=200,
-        stop_when_clean=False,
-    )
-    return replace(recipe, train=train, minutes=7.0)
 
 
 def search_curriculum() -> Recipe:
-    """As `gallery:search` was trained: lookahead 1 first, and one more each time a fresh batch is answered at 0.95."""
+    """As `gallery:search` was trained: by AdamW, the lookaheads given so far equally often."""
     return _one_hot(
         "search-curriculum",
         GraphSearch(size=26),
         layers=3,
         shows="Lookaheads 0 to 3 are learnt in turn, and hold on new graphs; some seeds are caught before the last.",
-        curriculum=CURRICULUM,
+        train=_adamw(steps=9000, evaluate_every=100, curriculum=CURRICULUM),
     )
 
 
@@ -75,6 +64,7 @@ def search_naive() -> Recipe:
         GraphSearch(size=26, distribution="naive"),
         layers=3,
         shows="Learns what random graphs ask for, and stays behind search on balanced graphs of larger lookaheads.",
+        train=_muon(steps=8000, curriculum=None),
     )
 
 
@@ -85,6 +75,7 @@ def search_star() -> Recipe:
         GraphSearch(size=26, distribution="star"),
         layers=3,
         shows="Answers stars, and stays behind search on balanced graphs of the same lookahead.",
+        train=_muon(steps=8000, curriculum=None),
     )
 
 
@@ -113,31 +104,34 @@ def search_at_once() -> Recipe:
 
 def search_32() -> Recipe:
     """Balanced graphs of up to 9 edges and a fourth layer: lookaheads 0 to 4."""
-    recipe = _one_hot(
+    return _one_hot(
         "search-32",
-        GraphSearch(size=32),
+        GraphSearch(size=32, level_draws=2),
         layers=4,
-        shows="Answers at lookaheads 0 to 3, then at 4, which takes as long as the others together.",
-        curriculum=CURRICULUM,
+        shows="Answers at lookaheads 0 to 3, then at 4.",
+        train=_muon(steps=14_000, curriculum=CURRICULUM),
     )
-    assert recipe.train is not None
-    return replace(recipe, train=replace(recipe.train, steps=12_000))
 
 
 def search_paper() -> Recipe:
     """The paper's scale: graphs of up to 41 edges, 6 layers, 883 million examples; for a GPU."""
-    recipe = _one_hot(
+    return _one_hot(
         "search-paper",
         GraphSearch(size=128),
         layers=6,
         shows="The published curves: near 1.00 at every lookahead from 0 to 20. Never run by us.",
+        train=replace(
+            _adamw(steps=862_000, evaluate_every=2000, curriculum=None),
+            batch_size=1024,
+            learning_rate=3e-4,
+            cooldown=0.0,
+        ),
     )
-    assert recipe.train is not None
-    train = replace(recipe.train, steps=862_000, batch_size=1024, learning_rate=3e-4, cooldown=0.0, evaluate_every=2000)
-    return replace(recipe, train=train)
 
 
-def _one_hot(name: str, task: GraphSearch, *, layers: int, shows: str, curriculum: float | None = None) -> Recipe:
+def _one_hot(
+    name: str, task: GraphSearch, *, layers: int, shows: str, train: TrainConfig, minutes: float | None = None
+) -> Recipe:
     width = len(task.vocab) + SCRATCH + task.size
     model = ModelConfig(
         n_layers=layers,
@@ -155,8 +149,24 @@ def _one_hot(name: str, task: GraphSearch, *, layers: int, shows: str, curriculu
         causal=False,
         pad_token=task.pad_token,
     )
-    train = _adamw(steps=9000, evaluate_every=100, curriculum=curriculum)
-    return Recipe(name=name, task=task, model=model, train=train, shows=shows)
+    return Recipe(name=name, task=task, model=model, train=train, shows=shows, minutes=minutes)
+
+
+def _muon(*, steps: int, curriculum: float | None) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        evaluate_every=200,
+        optimiser="muon",
+        learning_rate=2e-3,
+        weight_decay=0.01,
+        betas=(0.95, 0.98),
+        warmup_steps=50,
+        cooldown=0.2,
+        batch_size=256,
+        curriculum=curriculum,
+        clip_norm=1.0,
+        stop_when_clean=False,
+    )
 
 
 def _adamw(*, steps: int, evaluate_every: int, curriculum: float | None) -> TrainConfig:

@@ -80,14 +80,21 @@ class TextRecipe:
         if self.seed < 0:
             raise WorkbenchError(f"A seed must be at least 0, got {self.seed}.")
 
+    def settings(self) -> list[str]:
+        """What `--set` must be given to make it again, beside base, task, way and seed."""
+        return [f"{name}={getattr(self, name)}" for name in self._settable() if name != "seed"]
+
+    @staticmethod
+    def _settable() -> list[str]:
+        return [field.name for field in fields(TextRecipe) if field.name not in ("base", "base_sha256", "task", "way")]
+
     def override(self, settings: Sequence[str]) -> TextRecipe:
         """The recipe with `key=value` settings, such as `shots=64`.
 
         Raises:
             WorkbenchError: a key is unknown, or a value is not of its kind.
         """
-        hints, changes = typing.get_type_hints(TextRecipe), {}
-        known = [field.name for field in fields(self) if field.name not in ("base", "base_sha256", "task", "way")]
+        hints, changes, known = typing.get_type_hints(TextRecipe), {}, self._settable()
         for setting in settings:
             key, equals, text = setting.partition("=")
             if not equals or key not in known:
@@ -135,6 +142,15 @@ class TextDonor:
     def task(self) -> TextTask:
         """What it learnt."""
         return find_task(self.recipe.task)
+
+    @property
+    def story(self) -> str:
+        """How it was made, in one sentence."""
+        recipe = self.recipe
+        return (
+            f"`{recipe.base}` learnt `{recipe.task}` ({self.task.about}) by `{recipe.way}` in {recipe.steps} steps: "
+            f"accuracy {self.log['base_accuracy']:.3f} before and {self.log['test_accuracy']:.3f} after."
+        )
 
     def weights(self, classifier: TextClassifier) -> dict[str, Tensor]:
         """The donor's weights, given its base.

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from apps.graft_pairs import Pair
+from apps.graft_pairs import Pair, is_donor
+from apps.grafting import REAL_STEPS
 from apps.ui import charts, job_panels, jobs, state
 from apps.ui.graft_questions import (
-    REAL_STEPS,
     Asked,
     answers,
     command_of,
-    is_donor,
     judgement_of,
     kept_judgement_of,
     overlaps_of,
@@ -61,18 +60,15 @@ def _donor(run: Run) -> None:
 def _real_donor(reference: str) -> None:
     """A donor of a real model: its graft takes minutes, and a job finds it."""
     pair, donor = pair_of(reference), load_donor(reference)
-    recipe, log = donor.recipe, donor.log
-    st.caption(
-        f"`{recipe.base}` learnt `{recipe.task}` ({donor.task.about}) by `{recipe.way}` in {recipe.steps} steps: "
-        f"accuracy {log['base_accuracy']:.3f} before and {log['test_accuracy']:.3f} after."
-    )
+    base = donor.recipe.base
+    st.caption(donor.story)
     asked = _ask(pair, real_siblings(donor))
     found = kept_judgement_of(asked)
     if found is None:
-        _obtain(command_of(asked, recipe.base), reference)
+        _obtain(command_of(asked, base), reference)
         return
     _show(pair, found)
-    state.copy_as_python(_python_of_real(recipe.base, asked))
+    state.copy_as_python(_python_of_real(base, asked))
 
 
 def _show(pair: Pair, found: GraftJudgement) -> None:

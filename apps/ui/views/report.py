@@ -16,7 +16,7 @@ from apps.ui import jobs, state
 from apps.ui.jobs import Job
 from apps.ui.views.train import clock
 from workbench.store import runs_root
-from workbench.training.checkpoints import Run
+from workbench.training.text_donors import donor_names
 
 REPORTS = ".reports"
 WATCH_SECONDS = 2
@@ -45,24 +45,23 @@ HOLDS = """
 def page() -> None:
     """The page."""
     st.title("Report")
-    run = state.choose_run()
-    out = report_folder(run)
-    arguments = ["report", run.reference, "--out", str(out)]
-    built = next((job for job in jobs.list_jobs(kind="report") if job.subject == run.reference), None)
+    reference = state.choose_reference(more=donor_names())
+    out = report_folder(reference)
+    arguments = ["report", reference, "--out", str(out)]
+    built = next((job for job in jobs.list_jobs(kind="report") if job.subject == reference), None)
     running = built is not None and built.running
-    st.markdown(f"The report of **{run.reference}** holds:\n{HOLDS}")
+    st.markdown(f"The report of **{reference}** holds:\n{HOLDS}")
     label = "Build again" if (out / PAGE).is_file() else "Build"
     if st.button(label, type="primary", disabled=running, icon=":material/description:"):
-        jobs.start([*arguments, "--json"], subject=run.reference)
+        jobs.start([*arguments, "--json"], subject=reference)
         st.rerun()
     if built is not None:
         st.session_state["report_runs"] = running
         st.fragment(_watch, run_every=WATCH_SECONDS if running else None)(built.id)
     if not running and (out / PAGE).is_file():
-        _built(run, out)
+        _built(reference, out)
     state.copy_as_python(
-        "import workbench\nfrom pathlib import Path\nfrom apps.report import report_run\n\n"
-        f"report_run(workbench.load({run.reference!r}), Path('report'))"
+        f"from pathlib import Path\n\nfrom apps.report import report\n\nreport({reference!r}, Path('report'))"
     )
     st.caption(f"As a command: `workbench {shlex.join(arguments)}`")
 
@@ -93,13 +92,13 @@ def _state_of(job: Job) -> None:
             st.error(job.tail(1) or "It vanished without a word: it was killed, or the machine was restarted.")
 
 
-def _built(run: Run, out: Path) -> None:
+def _built(reference: str, out: Path) -> None:
     name = out.name
     with st.container(horizontal=True):
         st.download_button("Page (HTML)", (out / PAGE).read_bytes, f"{name}.html", "text/html", on_click="ignore")
         st.download_button("Everything (ZIP)", lambda: zipped(out), f"{name}.zip", "application/zip", on_click="ignore")
     page = (out / PAGE).read_text()
-    _preview()(key="preview", data={"page": page, "title": f"Report of {run.reference}"}, height=PREVIEW_HEIGHT)
+    _preview()(key="preview", data={"page": page, "title": f"Report of {reference}"}, height=PREVIEW_HEIGHT)
 
 
 @st.cache_resource(show_spinner=False)
@@ -111,9 +110,9 @@ def _preview() -> ComponentRenderer:
     return st.components.v2.component("report_preview", js=PREVIEW)
 
 
-def report_folder(run: Run) -> Path:
-    """Where the page has the report of a run written."""
-    return runs_root().resolve() / REPORTS / run.reference.replace(":", "_")
+def report_folder(reference: str) -> Path:
+    """Where the page has a report written."""
+    return runs_root().resolve() / REPORTS / reference.replace(":", "_")
 
 
 def counts(job: Job) -> str:
