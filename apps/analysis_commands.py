@@ -211,6 +211,13 @@ def graft(options: argparse.Namespace) -> Printout:
     return find_and_judge(options)
 
 
+def localise(options: argparse.Namespace) -> Printout:
+    """Donors of several seeds, and their grafts."""
+    from apps.localising import localise as teach_and_judge
+
+    return teach_and_judge(options)
+
+
 def union(options: argparse.Namespace) -> Printout:
     """The regions of several donors in one base."""
     from apps.graft_unions import union as unite

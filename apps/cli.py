@@ -93,13 +93,8 @@ def _add_training(add: Add) -> None:
     train.add_argument("--no-measures", action="store_true", help="leave the progress measures for later")
 
     finetune = add("finetune", "teach a base one of its skills: a donor for grafts")
-    finetune.add_argument(
-        "base", help="a run of the recipe skills, gallery:NAME, or a real model: hf:minilm, hf:smollm2, hf:FOLDER/"
-    )
-    finetune.add_argument("task", help="tone, topic, ends, repeat; of a real model movies, products, brands, authors")
-    finetune.add_argument("--way", default="l1", help="how: l1 (AdamW with an L1 penalty on the change), adamw, sgd")
+    _add_teaching(finetune)
     finetune.add_argument("--run", help="name of the run (default: the base's recipe, task and way)")
-    finetune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field; repeatable")
     finetune.add_argument("--seed", type=int, default=0, help="of the batches")
     finetune.add_argument("--resume", action="store_true", help="go on with the donor that is there")
 
@@ -221,6 +216,14 @@ def _add_analyses(add: Add) -> None:
     _add_region(graft)
     graft.add_argument("--seed", type=int, default=0, help="of what is drawn")
 
+    localise = add("localise", "donors of several seeds of one task, and whether their skill lies in few weights")
+    _add_teaching(localise)
+    localise.add_argument("--seeds", default="0..2", metavar="0..2|0,3,7", help="of the donors (default: 0..2)")
+    localise.add_argument("--run", help="what the donors are called, before their seeds")
+    localise.add_argument("--foreign", metavar="DONOR", help="a donor of another task, for a control")
+    _add_region(localise)
+    localise.set_defaults(seed=0)
+
     union = add("union", "the regions of several tasks: how far they coincide, and what a base with all of them can do")
     union.add_argument("base", help="the run or real model that the donors began with")
     union.add_argument("donors", nargs="+", metavar="DONOR", help="two or more runs of `workbench finetune`")
@@ -291,6 +294,16 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--engine", help="with --checkpoint all: turn, processes or ray (default: in this process)")
     command.add_argument("--workers", type=int, help="checkpoints analysed at a time; several have one thread each")
     command.add_argument("--address", help="of a Ray cluster (default: $RAY_ADDRESS, or one on this machine)")
+
+
+def _add_teaching(command: argparse.ArgumentParser) -> None:
+    """A base, what it is taught, and how."""
+    command.add_argument(
+        "base", help="a run of the recipe skills, gallery:NAME, or a real model: hf:minilm, hf:smollm2, hf:FOLDER/"
+    )
+    command.add_argument("task", help="tone, topic, ends, repeat; of a real model movies, products, brands, authors")
+    command.add_argument("--way", default="l1", help="how: l1 (AdamW with an L1 penalty on the change), adamw, sgd")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field; repeatable")
 
 
 def _add_region(command: argparse.ArgumentParser) -> None:

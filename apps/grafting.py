@@ -22,7 +22,7 @@ from workbench.store import kept_result, new_run, result_key, save_result
 from workbench.training.checkpoints import Run, load
 from workbench.training.finetune import donor_recipe
 from workbench.training.loop import train
-from workbench.training.text_donors import teach, text_recipe
+from workbench.training.text_donors import TextRecipe, teach, text_recipe
 
 MEASURES = ("weights", "density", "accuracy", "relative_gain", "agreement", "ece", "ece_debiased", "nll")
 REAL_STEPS = 12
@@ -72,23 +72,33 @@ def _finetune_real(options: argparse.Namespace) -> Printout:
     with stopwatch() as clock:
         base = load_real_model(options.base)
         recipe = text_recipe(base, options.task, way=options.way, seed=options.seed).override(options.set)
-        name = options.base.removeprefix(PREFIX).rpartition("/")[2]
-        folder = new_run(f"{name}-{recipe.task}-{recipe.way}" if options.run is None else options.run, options.runs)
+        folder = new_run(name_of(recipe) if options.run is None else options.run, options.runs)
         with share_bar(f"finetune {folder.reference}") as on_progress:
             donor = teach(base, recipe, folder, on_progress=on_progress)
     content = {"run": folder.reference, "base": options.base, **donor.log, **clock}
     return Printout(content=content, text=as_lines(content))
 
 
+def name_of(recipe: TextRecipe) -> str:
+    """What a real model's donor is called where nobody says."""
+    base = recipe.base.removeprefix(PREFIX).rpartition("/")[2]
+    return f"{base}-{recipe.task}-{recipe.way}"
+
+
 def graft(options: argparse.Namespace) -> Printout:
     """Find and judge a graft of each donor; with several, their means with Student's intervals."""
-    pairs = open_pairs(options.base, options.donors, options.runs)
+    return judge_donors(options, options.donors)
+
+
+def judge_donors(options: argparse.Namespace, donors: Sequence[str]) -> Printout:
+    """The same, of the donors that are named here."""
+    pairs = open_pairs(options.base, donors, options.runs)
     if any(pair.task != pairs[0].task for pair in pairs):
         raise WorkbenchError("The donors learnt different tasks: name donors of one task, and judge others apart.")
     foreign = None if options.foreign is None else open_pairs(options.base, [options.foreign], options.runs)[0]
     told = {name: getattr(options, name) for name in USUAL}
     found: list[dict[str, Any]] = []
-    with stopwatch() as clock, share_bar(f"graft {', '.join(options.donors)}") as on_progress:
+    with stopwatch() as clock, share_bar(f"graft {', '.join(donors)}") as on_progress:
         for place, pair in enumerate(pairs):
             part = _part(on_progress, place, len(pairs))
             compute = partial(graft_in, pair, foreign=foreign, on_progress=part, **told)

@@ -194,3 +194,18 @@ def test_a_kept_graft_without_its_file_is_found_again(runs):
 
 def newest(pair):
     return max(path.stat().st_mtime_ns for path in pair.folder.path.rglob(JUDGEMENT))
+
+
+def test_a_skill_is_localised_over_seeds_by_one_command_that_goes_on(runs, capsys):
+    asked = ("localise", "base", "tone", "--seeds", "0,1", *DONOR, "--method", "saliency", "--runs", str(runs))
+    content = said(capsys, *asked)
+    assert [row["run"] for row in content["taught"]] == ["skills-smoke-tone-l1-0", "skills-smoke-tone-l1-1"]
+    assert content["seeds"] == 2
+    assert content["relative_gain_low"] <= content["relative_gain"] <= content["relative_gain_high"]
+    # Donors of other settings would be other donors; those that are there are not taught again.
+    assert main([*asked, "--set", "steps=29"]) == 2
+    assert "'skills-smoke-tone-l1-0' is there, and was made otherwise" in capsys.readouterr().err
+    more = said(capsys, *(arguments if arguments != "0,1" else "0..2" for arguments in asked))
+    assert more["taught"][:2] == content["taught"]
+    assert more["donors"][:2] == content["donors"]
+    assert more["seeds"] == 3

@@ -210,3 +210,17 @@ def test_a_donor_of_a_real_model_is_reported_and_the_report_made_again(world, ca
     write_json(folder / "paper" / "manifest.json", manifest)
     assert main(["rerun", str(folder / "paper" / "manifest.json")]) == 2
     assert "made by another recipe; it differs in shots" in capsys.readouterr().err
+
+
+def test_a_real_models_skill_is_localised_by_one_command_that_goes_on(world, capsys):
+    base, folder = world
+    asked = ("localise", base, "movies", "--seeds", "0,1", "--run", "loc", *SHORT, "--density", "0.05", "--steps", "3")
+    content = said(capsys, *asked)
+    assert [row["run"] for row in content["taught"]] == ["loc-0", "loc-1"]
+    assert content["seeds"] == 2
+    made_at = (folder / "loc-0" / "delta.safetensors").stat().st_mtime_ns
+    again = said(capsys, *asked)
+    assert again["taught"] == content["taught"]
+    assert (folder / "loc-0" / "delta.safetensors").stat().st_mtime_ns == made_at
+    assert main([*asked, "--set", "shots=39"]) == 2
+    assert "'loc-0' is there, and was made otherwise" in capsys.readouterr().err
