@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from apps.analyses import PAIRS, SEED
 from apps.claims import Claim, at_most
 from apps.graft_pairs import Pair, base_of, pair_of_runs, sibling_runs
 from apps.grafting import REAL_STEPS, USUAL, keep_graft, learn_regions
 from apps.sections import Section
+from circuits.component_grafts import component_grafts
+from circuits.graft_edges import EdgeChanges, graft_edges
 from circuits.graft_judgement import (
     CONTROLS,
     ENOUGH,
@@ -43,6 +46,10 @@ class GraftEvidence:
     """The donor of another task whose change is a control."""
     sizes: Table | None = None
     """The gain by the share of weights; None of a real model, where it takes hours."""
+    components: Table | None = None
+    """Each head and MLP: its weights grafted, its activation patched; None of a real model."""
+    edges: EdgeChanges | None = None
+    """Which edges of the base's circuit the graft changes; None of a real model."""
     overlaps: Table | None = None
     """With the regions of the same base's other donors; None where there are none."""
 
@@ -65,6 +72,8 @@ def gather_graft(run: Run) -> GraftEvidence:
         learned_on=len(train),
         steps=STEPS,
         foreign=None if first is None else first.reference,
+        components=component_grafts(base.model(), pair.delta(), run.task.examples("test")),
+        edges=graft_edges(base.model(), judgement.graft, run.task.sample(PAIRS, split="test", seed=SEED)),
         sizes=over_densities(pair.delta(), train, test),
         overlaps=overlaps(regions) if siblings else None,
     )
@@ -128,7 +137,14 @@ def _claims(found: GraftJudgement) -> Iterator[Claim]:
 
 def graft_sections(evidence: GraftEvidence) -> tuple[Section, ...]:
     """How much the graft carries, where it lies, how it grows with size, and what regions share."""
-    found = (_gain(evidence), _places(evidence), _sizes(evidence), _shared(evidence))
+    found = (
+        _gain(evidence),
+        _places(evidence),
+        _parts(evidence),
+        _edges(evidence),
+        _sizes(evidence),
+        _shared(evidence),
+    )
     return tuple(section for section in found if section is not None)
 
 
@@ -173,6 +189,30 @@ def _places(evidence: GraftEvidence) -> Section:
         title="Where the weights lie",
         text="Weights of the region in each tensor, against what the tensor's size alone would give.",
         tables=(evidence.judgement.graft.where(),),
+    )
+
+
+def _parts(evidence: GraftEvidence) -> Section | None:
+    if evidence.components is None:
+        return None
+    return Section(
+        title="Weights and activations",
+        text="Two ways to give the base what a head or an MLP of the donor has: its weights, which then read whatever "
+        "the base's stream holds, or what it wrote in the donor on the same prompt. Where only the activation "
+        "mends the answer, it is what the component reads that was changed.",
+        tables=(evidence.components,),
+    )
+
+
+def _edges(evidence: GraftEvidence) -> Section | None:
+    if evidence.edges is None:
+        return None
+    return Section(
+        title="Which edges the graft changes",
+        text="Every edge of the circuit graph is scored on the same pairs in the base, in the base with the graft, and "
+        "in the donor: what the graft does to weights, seen as what it does to the algorithm.",
+        tables=(evidence.edges.table(),),
+        references=("hanna2024have", "benjamini1995controlling"),
     )
 
 

@@ -11,9 +11,11 @@ import pandas as pd
 import streamlit as st
 import torch
 
+from apps.analyses import PAIRS, SEED
 from apps.graft_pairs import Pair, delta_of, examples_of, is_donor, pair_of_runs, pair_of_texts
 from apps.grafting import REAL_STEPS, graft_in, kept_graft, learn_regions
 from apps.ui import state
+from circuits.graft_edges import graft_edges
 from circuits.graft_judgement import GraftJudgement, over_densities, overlaps
 from circuits.grafting import Graft
 from workbench.runtime import WorkbenchError
@@ -94,6 +96,14 @@ def command_of(asked: Asked, base: str) -> tuple[str, ...]:
         *("graft", base, asked.donor, "--method", asked.method, "--density", str(asked.density)),
         *("--steps", str(REAL_STEPS), *foreign, "--json"),
     )
+
+
+@st.cache_resource(max_entries=32, show_spinner="Scoring the edges …")
+def edges_of(asked: Asked) -> Table:
+    """The edges of the circuit that the graft changes most."""
+    run = state.open_run(asked.donor)
+    batch = run.task.sample(PAIRS, split="test", seed=SEED)
+    return graft_edges(base_of(run).model(), judgement_of(asked).graft, batch).table()
 
 
 @st.cache_resource(max_entries=8, show_spinner="Finding grafts of every size …")

@@ -109,7 +109,7 @@ def search_32() -> Recipe:
         GraphSearch(size=32, level_draws=2),
         layers=4,
         shows="Answers at lookaheads 0 to 3, then at 4.",
-        train=_muon(steps=14_000, curriculum=CURRICULUM),
+        train=_muon(steps=8000, curriculum=CURRICULUM),
     )
 
 

@@ -13,6 +13,7 @@ from apps.ui.graft_questions import (
     Asked,
     answers,
     command_of,
+    edges_of,
     judgement_of,
     kept_judgement_of,
     overlaps_of,
@@ -53,6 +54,7 @@ def _donor(run: Run) -> None:
     pair, others = pair_of(run.reference), siblings(run)
     asked = _ask(pair, others)
     _show(pair, judgement_of(asked))
+    _edges(asked)
     _more(asked, others)
     state.copy_as_python(_python(run, asked))
 
@@ -175,6 +177,15 @@ def _prompt(pair: Pair, found: GraftJudgement) -> None:
     text = st.text_input(said, value=pair.first(), key=f"prompt_{pair.reference}") or ""
     with state.user_errors_shown():
         st.dataframe(answers(pair, found.graft, text), width="stretch")
+
+
+def _edges(asked: Asked) -> None:
+    """What the graft does to the circuit."""
+    st.header("What it does to the circuit", divider="gray")
+    table = edges_of(asked)
+    st.plotly_chart(figure(table).update_layout(title_text="", height=460, margin_t=16), key="edges")
+    st.caption(table.caption)
+    state.download(table, key="edges_table")
 
 
 def _more(asked: Asked, others: Sequence[str]) -> None:
