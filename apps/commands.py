@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apps.printing import Printout, as_columns, as_lines, progress_bar, share_bar, stopwatch
+from apps.printing import Printout, as_columns, as_lines, part_line, progress_bar, share_bar, stopwatch
 from workbench.runtime import WorkbenchError, is_main_process
 from workbench.store import RunFolder, gallery_names, new_run, run_names, runs_root
 
@@ -151,7 +151,9 @@ def report(options: argparse.Namespace) -> Printout:
     from apps.report import report as write
 
     name = Path(options.run.removeprefix("gallery:")).name
-    written = write(options.run, options.out or Path(f"report-{name}"), runs=options.runs)
+    out = options.out or Path(f"report-{name}")
+    with part_line(f"report {options.run}") as on_part:
+        written = write(options.run, out, runs=options.runs, on_part=on_part)
     return Printout(content=written.summary(), text=as_lines(written.summary()))
 
 

@@ -98,11 +98,12 @@ class Evidence:
     """Why an analysis is not there, by its name."""
 
 
-def gather(run: Run) -> Evidence:
-    """Run the standard analyses."""
+def gather(run: Run, on_part: Callable[[str], None] = lambda part: None) -> Evidence:
+    """Run the standard analyses, and tell the name of each as it begins."""
     left_out: dict[str, str] = {}
 
     def attempt(name: str, analyse: Callable[[], Found | None]) -> Found | None:
+        on_part(name)
         try:
             return analyse()
         except WorkbenchError as error:
@@ -120,6 +121,8 @@ def gather(run: Run) -> Evidence:
     final = None if is_reasoner or is_search else attempt("Fourier analysis", lambda: fourier_of(run))
     # The circuit of a search is one of positions, which its trace is.
     circuit = None if is_search else attempt("circuit", lambda: circuit_of(run, n=n, split=split))
+    if is_search:
+        on_part("path merging")
     search = gather_search(run) if is_search else None
     left_out |= {} if search is None else search.left_out
     return Evidence(

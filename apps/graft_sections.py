@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from apps.analyses import PAIRS, SEED
 from apps.claims import Claim, at_most
 from apps.graft_pairs import Pair, base_of, pair_of_runs, sibling_runs
-from apps.grafting import REAL_STEPS, USUAL, keep_graft, learn_regions
+from apps.grafting import REAL_STEPS, USUAL, keep_graft, learn_regions, newest_graft
 from apps.sections import Section
 from circuits.component_grafts import component_grafts
 from circuits.graft_edges import EdgeChanges, graft_edges
@@ -22,7 +22,7 @@ from circuits.graft_judgement import (
     over_densities,
     overlaps,
 )
-from circuits.graft_masks import STEPS, OnProgress
+from circuits.graft_masks import OnProgress
 from workbench.intervals import Estimate
 from workbench.tables import Table
 from workbench.training.checkpoints import Run
@@ -39,9 +39,6 @@ class GraftEvidence:
 
     pair: Pair
     judgement: GraftJudgement
-    learned_on: int
-    """Training examples that the region was found on."""
-    steps: int
     foreign: str | None = None
     """The donor of another task whose change is a control."""
     sizes: Table | None = None
@@ -69,8 +66,6 @@ def gather_graft(run: Run) -> GraftEvidence:
     return GraftEvidence(
         pair=pair,
         judgement=judgement,
-        learned_on=len(train),
-        steps=STEPS,
         foreign=None if first is None else first.reference,
         components=component_grafts(base.model(), pair.delta(), run.task.examples("test")),
         edges=graft_edges(base.model(), judgement.graft, run.task.sample(PAIRS, split="test", seed=SEED)),
@@ -80,13 +75,10 @@ def gather_graft(run: Run) -> GraftEvidence:
 
 
 def gather_real_graft(pair: Pair, *, on_progress: OnProgress = lambda share: None) -> GraftEvidence:
-    """The usual graft of a real model's donor: the kept one, or else found and kept, which takes minutes."""
-    return GraftEvidence(
-        pair=pair,
-        judgement=keep_graft(pair, steps=REAL_STEPS, on_progress=on_progress),
-        learned_on=len(pair.examples("train")),
-        steps=REAL_STEPS,
-    )
+    """The graft of a real model's donor that was judged last, or else the usual one, which takes minutes."""
+    newest = newest_graft(pair)
+    judgement = keep_graft(pair, steps=REAL_STEPS, on_progress=on_progress) if newest is None else newest
+    return GraftEvidence(pair=pair, judgement=judgement)
 
 
 def graft_claims(evidence: GraftEvidence) -> tuple[Claim, ...]:
@@ -166,7 +158,7 @@ def _gain(evidence: GraftEvidence) -> Section:
     foreign = "" if evidence.foreign is None else f", and on what {evidence.foreign!r} changed"
     text = (
         f"The graft takes {len(found.graft):,} weights from the donor and all others from the base. Its region was "
-        f"found by the method {found.graft.method!r} in {evidence.steps} steps on {evidence.learned_on:,} training "
+        f"found by the method {found.graft.method!r} in {found.steps} steps on {found.examples:,} training "
         "examples; everything below is measured on test examples that were in none of this.\n\n"
         "Beside it: as many weights of each tensor at random, among all and among those that changed; the largest "
         f"changes; a region learned in the same way on the change permuted within tensors{foreign}, for a mask can "

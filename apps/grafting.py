@@ -18,7 +18,7 @@ from circuits.grafting import Graft
 from workbench.intervals import columns_of, student_of
 from workbench.models.real_models import PREFIX, load_real_model
 from workbench.runtime import WorkbenchError
-from workbench.store import kept_result, new_run, result_key, save_result
+from workbench.store import kept_result, new_run, read_json, result_key, save_result
 from workbench.training.checkpoints import Run, load
 from workbench.training.finetune import donor_recipe
 from workbench.training.loop import train
@@ -153,10 +153,22 @@ def graft_in(
 def kept_graft(pair: Pair, *, foreign: Pair | None = None, **told: Any) -> Callable[[], GraftJudgement] | None:
     """What reads the graft that `graft_in` would find with these options, where it was kept; None if it was not."""
     path = kept_result(pair.folder, _key(pair, foreign, told))
-    if path is None or not (path / JUDGEMENT).is_file():
+    if path is None:
         return None
     file, method = path / JUDGEMENT, {**USUAL, **told}["method"]
     return lambda: read_judgement(file.read_bytes(), pair.delta(), method=method, provenance=pair.provenance)
+
+
+def newest_graft(pair: Pair) -> GraftJudgement | None:
+    """The graft of this donor that was judged last, however it was found; None where none is kept."""
+    files = sorted(pair.folder.results.glob(f"*/{JUDGEMENT}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in files:
+        path = kept_result(pair.folder, file.parent.name)
+        if path is None or read_json(path / "result.json")["provenance"]["parents"] != list(pair.provenance.parents):
+            continue
+        method = read_json(path / "summary.json")["method"]
+        return read_judgement(file.read_bytes(), pair.delta(), method=method, provenance=pair.provenance)
+    return None
 
 
 def keep_graft(

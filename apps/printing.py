@@ -114,6 +114,19 @@ class OnShare(Protocol):
 
 
 @contextmanager
+def part_line(title: str) -> Iterator[Callable[[str], None]]:
+    """What is being done now, on standard error: a line that changes; in a log file a line each."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda part: console.print(f"{title}: {part}", soft_wrap=True, highlight=False)
+        return
+    with console.status(title) as status:
+        yield lambda part: status.update(f"{title}: {part}")
+
+
+@contextmanager
 def share_bar(title: str) -> Iterator[OnShare]:
     """A plain bar on standard error that shows a share, from the first on; in a log file a line a per cent."""
     from rich.console import Console

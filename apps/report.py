@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,21 @@ class Report:
         }
 
 
-def report(reference: str, out: Path, *, runs: Path | None = None) -> Report:
-    """The report of a run, or of a real model's donor, by its name.
+def report(
+    reference: str, out: Path, *, runs: Path | None = None, on_part: Callable[[str], None] = lambda part: None
+) -> Report:
+    """The report of a run, or of a real model's donor, by its name; `on_part` is told what is being analysed.
 
     Raises:
         WorkbenchError: there is none of that name, or as for `report_run`.
     """
     if reference in donor_names(runs):
+        on_part("graft")
         return report_donor(load_donor(reference, runs=runs), out)
-    return report_run(load(reference, runs=runs), out)
+    return report_run(load(reference, runs=runs), out, on_part)
 
 
-def report_run(run: Run, out: Path) -> Report:
+def report_run(run: Run, out: Path, on_part: Callable[[str], None] = lambda part: None) -> Report:
     """Analyse a run and write its report.
 
     Raises:
@@ -96,7 +99,7 @@ def report_run(run: Run, out: Path) -> Report:
     """
     run.checkpoint()
     check_out(out)
-    sections = sections_of(gather(run))
+    sections = sections_of(gather(run, on_part))
     return build_report(f"{run.recipe.name}: {run.reference}", sections, out, manifest=manifest_of(run))
 
 

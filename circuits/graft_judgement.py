@@ -76,6 +76,10 @@ class GraftJudgement:
     """Base, donor, graft, the donor without the region, and the controls."""
     temperature: float
     """By which the donor's logits are best divided, found on examples held out from the test."""
+    examples: int
+    """That the region was found on."""
+    steps: int
+    """Of the methods that learn."""
     provenance: Provenance
 
     def named(self, name: str) -> Judged:
@@ -169,6 +173,7 @@ class GraftJudgement:
             "answers": self.judged[0].answers,
             "weights": torch.tensor([each.weights for each in self.judged]),
             "scale and temperature": torch.tensor([self.graft.scale, self.temperature], dtype=torch.float64),
+            "examples and steps": torch.tensor([self.examples, self.steps]),
         }
         return {JUDGEMENT: save({name: tensor.contiguous() for name, tensor in tensors.items()})}
 
@@ -178,6 +183,8 @@ class GraftJudgement:
         graft = rows.pop("graft")
         return {
             "method": self.graft.method,
+            "examples": self.examples,
+            "steps": self.steps,
             **graft,
             "n": len(self.judged[0].answers),
             "base": rows.pop("base"),
@@ -207,6 +214,7 @@ def read_judgement(content: bytes, delta: Delta, *, method: str, provenance: Pro
         flat[tensors[f"region.{name}"].long().to(change.device)] = True
         mask[name] = flat.reshape(change.shape)
     scale, temperature = tensors["scale and temperature"].tolist()
+    examples, steps = tensors["examples and steps"].tolist()
     names = sorted(name for name in tensors if name.startswith("logits."))
     judged = [
         Judged(name=name.split(".", 2)[2], weights=count, logits=tensors[name], answers=tensors["answers"])
@@ -216,6 +224,8 @@ def read_judgement(content: bytes, delta: Delta, *, method: str, provenance: Pro
         graft=Graft(delta=delta, mask=mask, method=method, scale=scale),
         judged=tuple(judged),
         temperature=temperature,
+        examples=examples,
+        steps=steps,
         provenance=provenance,
     )
 
@@ -280,7 +290,14 @@ def judge(
     temperature = fitted_temperature(val.logits(delta.uniform(1.0)), val.answers)
     scaled = next(each for each in judged if each.name == "donor").logits / temperature
     judged.append(Judged(name="donor, temperature", weights=len(delta), logits=scaled, answers=test.answers))
-    return GraftJudgement(graft=graft, judged=tuple(judged), temperature=temperature, provenance=provenance)
+    return GraftJudgement(
+        graft=graft,
+        judged=tuple(judged),
+        temperature=temperature,
+        examples=len(train),
+        steps=steps,
+        provenance=provenance,
+    )
 
 
 def over_densities(

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from apps import analysis_commands, commands
 from apps.cli import build_parser, main
+from apps.printing import part_line
 from workbench.runtime import WorkbenchError
 from workbench.training.checkpoints import load
 
@@ -500,3 +501,11 @@ def test_every_command_exists_and_takes_json_and_runs() -> None:
         assert {"--json", "--runs"} <= options, name
         room = {"commands": commands, "analysis_commands": analysis_commands}[command.get_default("room")]
         assert callable(getattr(room, command.get_default("function"))), name
+
+
+def test_what_a_report_does_is_told_as_it_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    with part_line("report small") as on_part:
+        on_part("circuit")
+    captured = capsys.readouterr()
+    assert captured.err == "report small: circuit\n"
+    assert not captured.out

@@ -193,6 +193,10 @@ def test_a_donor_of_a_real_model_is_reported_and_the_report_made_again(world, ca
     page = (folder / "paper" / "report.html").read_text()
     assert "learnt `movies`" in page
     assert "One donor, one seed." in page
+    # It is of the graft that was judged last, however it was found.
+    graft = said(capsys, "graft", world[0], "movies-0", "--method", "saliency", "--density", "0.03")
+    said(capsys, "report", "movies-0", "--out", str(folder / "paper"))
+    assert f"The graft takes {graft['weights']:,} weights" in (folder / "paper" / "report.html").read_text()
     manifest = json.loads((folder / "paper" / "manifest.json").read_text())
     assert manifest["recipe"]["task"] == "movies"
     # The command makes the donor again, weight for weight.
