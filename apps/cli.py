@@ -301,7 +301,9 @@ def _add_teaching(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "base", help="a run of the recipe skills, gallery:NAME, or a real model: hf:minilm, hf:smollm2, hf:FOLDER/"
     )
-    command.add_argument("task", help="tone, topic, ends, repeat; of a real model movies, products, brands, authors")
+    command.add_argument(
+        "task", help="tone, topic, ends, repeat; of a real model movies, products, brands, authors, computers"
+    )
     command.add_argument("--way", default="l1", help="how: l1 (AdamW with an L1 penalty on the change), adamw, sgd")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field; repeatable")
 

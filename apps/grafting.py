@@ -164,7 +164,8 @@ def newest_graft(pair: Pair) -> GraftJudgement | None:
     files = sorted(pair.folder.results.glob(f"*/{JUDGEMENT}"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files:
         path = kept_result(pair.folder, file.parent.name)
-        if path is None or read_json(path / "result.json")["provenance"]["parents"] != list(pair.provenance.parents):
+        # Of these weights, and by this version of the code.
+        if path is None or read_json(path / "result.json")["provenance"] != pair.provenance.to_json():
             continue
         method = read_json(path / "summary.json")["method"]
         return read_judgement(file.read_bytes(), pair.delta(), method=method, provenance=pair.provenance)

@@ -47,6 +47,24 @@ def test_election_tweets_are_own_ones_by_time_without_names(tmp_path, monkeypatc
     ]
 
 
+def test_messages_are_of_the_chosen_groups_the_later_files_last(tmp_path, monkeypatch):
+    member, members = "orangecontrib/text/datasets/20newsgroups-{}.tab", {}
+    for part, groups in (("train", "comp.graphics comp.windows.x alt.atheism"), ("test", "comp.graphics")):
+        rows = [[group, f"{part} message {number}"] for group in groups.split() for number in range(3)]
+        content = io.StringIO()
+        csv.writer(content, delimiter="\t").writerows(
+            [["Category", "Text"], ["discrete"] * 2, ["class", "meta"], *rows]
+        )
+        members[member.format(part)] = content.getvalue().encode()
+    made.write_archive(tmp_path, "ORANGE", members, monkeypatch)
+    found = list(TEXTS["computers"].source())
+    assert [each.group.split()[0] for each in found] == ["train"] * 6 + ["test"] * 3
+    assert {each.label for each in found} == {"comp.graphics", "comp.windows.x"}
+    # Not sorted by group, as the file is, and the same whenever it is read.
+    assert [each.label for each in found[:6]] != sorted(each.label for each in found[:6])
+    assert found == list(TEXTS["computers"].source())
+
+
 def test_a_text_comes_once_and_a_disputed_one_never():
     lines = [line("Good  film"), line("good film"), line("bad"), line("BAD", "negative"), line("new")]
     assert [each.text for each in distinct(lines)] == ["Good  film", "new"]

@@ -23,6 +23,7 @@ from workbench.tasks.text_sources import (
     Line,
     brand_tweets,
     election_tweets,
+    newsgroup_messages,
     rated,
 )
 
@@ -135,6 +136,14 @@ def _tone(what: str) -> dict[str, tuple[str, ...]]:
     }
 
 
+COMPUTERS = {
+    "comp.graphics": ("a message about computer graphics", "images, rendering and file formats"),
+    "comp.os.ms-windows.misc": ("a message about Microsoft Windows", "drivers and programs under Windows"),
+    "comp.sys.ibm.pc.hardware": ("a message about PC hardware", "disks, boards and cards of a PC"),
+    "comp.sys.mac.hardware": ("a message about Apple Macintosh hardware", "a Mac, its screen and its memory"),
+    "comp.windows.x": ("a message about the X window system", "X servers, widgets and Motif on Unix"),
+}
+
 TEXTS: dict[str, TextTask] = {
     task.name: task
     for task in (
@@ -180,6 +189,16 @@ TEXTS: dict[str, TextTask] = {
             },
             prompt=" tweet: {}\n author:",
             words=(" Clinton", " Trump"),
+            by_time=True,
+        ),
+        TextTask(
+            name="computers",
+            about="which of five newsgroups on computers a message was sent to",
+            archive=ORANGE,
+            source=partial(newsgroup_messages, tuple(COMPUTERS)),
+            names=COMPUTERS,
+            prompt=" message: {}\n topic:",
+            words=(" graphics", " Windows", " PC", " Mac", " X"),
             by_time=True,
         ),
     )

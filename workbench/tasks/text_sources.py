@@ -9,11 +9,12 @@ import html
 import io
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
+from workbench.store import digest
 from workbench.tasks.archives import Archive
 
 RATED = 1.0
@@ -103,6 +104,19 @@ def election_tweets() -> Iterator[Line]:
         text = " ".join(NAMES.sub(" ", html.unescape(content)).split())
         if text:
             yield Line(text=text, label=author, group=time.partition(" ")[0])
+
+
+def newsgroup_messages(groups: Sequence[str]) -> Iterator[Line]:
+    """Messages to these newsgroups, in lower case without digits and marks; the earlier file's before the later one's.
+
+    Both files are sorted by newsgroup; here each is in the order of its texts' hashes, which says nothing.
+    """
+    for part in ("train", "test"):
+        table = _table(f"20newsgroups-{part}")
+        chosen = table[table["Category"].isin(groups)]
+        rows = sorted(chosen.itertuples(index=False), key=lambda row: digest(row.Text.encode()))
+        for number, row in enumerate(rows):
+            yield Line(text=row.Text, label=row.Category, group=f"{part} {number}")
 
 
 def _table(name: str) -> pd.DataFrame:

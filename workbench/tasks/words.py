@@ -56,7 +56,7 @@ class Words:
     causal = False
 
     text: str = "movies"
-    """movies, products, brands, authors: what the text says of itself; news: which words are names."""
+    """movies, products, brands, authors, computers: what the text says of itself; news: which words are names."""
     words: int = 4000
     """Words that are known: the most frequent of the training split."""
     n_ctx: int = 32
