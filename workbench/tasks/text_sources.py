@@ -113,10 +113,10 @@ def newsgroup_messages(groups: Sequence[str]) -> Iterator[Line]:
     """
     for part in ("train", "test"):
         table = _table(f"20newsgroups-{part}")
-        chosen = table[table["Category"].isin(groups)]
-        rows = sorted(chosen.itertuples(index=False), key=lambda row: digest(row.Text.encode()))
-        for number, row in enumerate(rows):
-            yield Line(text=row.Text, label=row.Category, group=f"{part} {number}")
+        chosen = table.loc[table["Category"].isin(groups), ["Category", "Text"]]
+        rows = sorted(chosen.itertuples(index=False), key=lambda row: digest(row[1].encode()))
+        for number, (label, text) in enumerate(rows):
+            yield Line(text=text, label=label, group=f"{part} {number}")
 
 
 def _table(name: str) -> pd.DataFrame:
