@@ -17,7 +17,7 @@ from circuits.graft_masks import STEPS, OnProgress, find_graft
 from circuits.grafting import Graft
 from workbench.intervals import columns_of, student_of
 from workbench.models.real_models import PREFIX, load_real_model
-from workbench.runtime import WorkbenchError
+from workbench.runtime import WorkbenchError, code_version
 from workbench.store import kept_result, new_run, read_json, result_key, save_result
 from workbench.training.checkpoints import Run, load
 from workbench.training.finetune import donor_recipe
@@ -164,8 +164,11 @@ def newest_graft(pair: Pair) -> GraftJudgement | None:
     files = sorted(pair.folder.results.glob(f"*/{JUDGEMENT}"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files:
         path = kept_result(pair.folder, file.parent.name)
+        if path is None:
+            continue
         # Of these weights, and by this version of the code.
-        if path is None or read_json(path / "result.json")["provenance"] != pair.provenance.to_json():
+        made_from = read_json(path / "result.json")["provenance"]
+        if made_from["parents"] != list(pair.provenance.parents) or made_from["code_version"] != code_version():
             continue
         method = read_json(path / "summary.json")["method"]
         return read_judgement(file.read_bytes(), pair.delta(), method=method, provenance=pair.provenance)
