@@ -155,7 +155,9 @@ def describe_graft(evidence: GraftEvidence) -> str:
 def _gain(evidence: GraftEvidence) -> Section:
     found = evidence.judgement
     gain, _, reliability = found.tables()
-    foreign = "" if evidence.foreign is None else f", and on what {evidence.foreign!r} changed"
+    donor = "another task's donor" if evidence.foreign is None else repr(evidence.foreign)
+    is_there = any(each.name == "foreign" for each in found.judged)
+    foreign = f", and on what {donor} changed" if is_there else ""
     text = (
         f"The graft takes {len(found.graft):,} weights from the donor and all others from the base. Its region was "
         f"found by the method {found.graft.method!r} in {found.steps} steps on {found.examples:,} training "

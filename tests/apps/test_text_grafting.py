@@ -191,7 +191,7 @@ def test_a_donor_of_a_real_model_is_reported_and_the_report_made_again(world, ca
     content = said(capsys, "report", "movies-0", "--out", str(folder / "paper"))
     assert content["sections"] == ["Summary", "The graft", "Where the weights lie"]
     page = (folder / "paper" / "report.html").read_text()
-    assert "learnt `movies`" in page
+    assert "learnt &#39;movies&#39;" in page
     assert "One donor, one seed." in page
     # It is of the graft that was judged last, however it was found.
     graft = said(capsys, "graft", world[0], "movies-0", "--method", "saliency", "--density", "0.03")

@@ -148,7 +148,7 @@ class TextDonor:
         """How it was made, in one sentence."""
         recipe = self.recipe
         return (
-            f"`{recipe.base}` learnt `{recipe.task}` ({self.task.about}) by `{recipe.way}` in {recipe.steps} steps: "
+            f"{recipe.base} learnt {recipe.task!r} ({self.task.about}) by {recipe.way!r} in {recipe.steps} steps: "
             f"accuracy {self.log['base_accuracy']:.3f} before and {self.log['test_accuracy']:.3f} after."
         )
 
