@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -176,6 +177,11 @@ def is_donor(run: Run) -> bool:
     return isinstance(run.task, Skills) and run.recipe.start is not None and bool(run.checkpoints)
 
 
+def is_sibling(other: Run, run: Run) -> bool:
+    """Whether another run was taught another skill of a donor's base."""
+    return is_donor(other) and other.recipe.start == run.recipe.start and other.task != run.task
+
+
 def base_of(run: Run) -> Run:
     """The run that a donor began with, beside it or in the gallery.
 
@@ -187,7 +193,7 @@ def base_of(run: Run) -> Run:
 
 
 def sibling_runs(run: Run) -> dict[str, Run]:
-    """Donors of the same base that learnt another skill, one of each, from where this run lies."""
+    """Donors of the same base that learnt another skill, one of each, beside this run; a damaged run is none."""
     folder = run.folder.path.parent
     if run.reference.startswith("gallery:"):
         references = [f"gallery:{name}" for name in gallery_names()]
@@ -195,9 +201,9 @@ def sibling_runs(run: Run) -> dict[str, Run]:
         references = run_names(folder)
     found: dict[Any, Run] = {}
     for reference in references:
-        other = load(reference, runs=folder)
-        if is_donor(other) and other.recipe.start == run.recipe.start and other.task != run.task:
-            found.setdefault(other.task, other)
+        with contextlib.suppress(WorkbenchError):
+            if is_sibling(other := load(reference, runs=folder), run):
+                found.setdefault(other.task, other)
     return {other.reference: other for other in found.values()}
 
 

@@ -18,7 +18,6 @@ from circuits.graft_judgement import (
     LEAST_GAIN,
     TOO_MUCH,
     GraftJudgement,
-    Judged,
     over_densities,
     overlaps,
 )
@@ -74,7 +73,7 @@ def gather_graft(run: Run) -> GraftEvidence:
     )
 
 
-def gather_real_graft(pair: Pair, *, on_progress: OnProgress = lambda share: None) -> GraftEvidence:
+def gather_real_graft(pair: Pair, on_progress: OnProgress) -> GraftEvidence:
     """The graft of a real model's donor that was judged last, or else the usual one, which takes minutes."""
     newest = newest_graft(pair)
     judgement = keep_graft(pair, steps=REAL_STEPS, on_progress=on_progress) if newest is None else newest
@@ -121,10 +120,9 @@ def _claims(found: GraftJudgement) -> Iterator[Claim]:
             interval=control,
             n=n,
         )
-    uniform = _uniform(found)
     error = float(rows.loc["graft", "ece_debiased"])
     statement = "debiased calibration error of the graft (the bound: of the uniform share that is as accurate)"
-    yield at_most(statement, error, float(rows.loc[uniform.name, "ece_debiased"]))
+    yield at_most(statement, error, float(rows.loc[found.uniform.name, "ece_debiased"]))
 
 
 def graft_sections(evidence: GraftEvidence) -> tuple[Section, ...]:
@@ -164,7 +162,7 @@ def _gain(evidence: GraftEvidence) -> Section:
         "examples; everything below is measured on test examples that were in none of this.\n\n"
         "Beside it: as many weights of each tensor at random, among all and among those that changed; the largest "
         f"changes; a region learned in the same way on the change permuted within tensors{foreign}, for a mask can "
-        f"learn a task by itself; and the whole change at the share {_share_of(_uniform(found))}, the least that is "
+        f"learn a task by itself; and the whole change at the share {found.share:g}, the least that is "
         "as accurate on validation. A skill is called localised if the lower end of the relative gain is at least "
         f"{ENOUGH} and no control has more than {TOO_MUCH}.\n\n"
         f"Calibration is judged at equal accuracy. The donor's logits are best divided by {found.temperature:.2f}, "
@@ -229,11 +227,3 @@ def _shared(evidence: GraftEvidence) -> Section | None:
         tables=(evidence.overlaps,),
         references=(PANIGRAHI,),
     )
-
-
-def _uniform(found: GraftJudgement) -> Judged:
-    return next(each for each in found.judged if each.name.startswith("uniform"))
-
-
-def _share_of(uniform: Judged) -> str:
-    return uniform.name.removeprefix("uniform ")

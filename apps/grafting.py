@@ -52,17 +52,19 @@ def _finetune_run(options: argparse.Namespace) -> Printout:
             folder = new_run(name, options.runs)
         with progress_bar(f"finetune {folder.reference}", recipe) as on_progress:
             run = train(recipe, folder, resume=options.resume, on_progress=on_progress)
+    content = {"run": folder.reference, "base": options.base, **log_of(run), **clock}
+    return Printout(content=content, text=as_lines(content))
+
+
+def log_of(run: Run) -> dict[str, int | float]:
+    """What a donor of a run has learnt, by the names that a donor of a real model has for it."""
     first, last = run.log.rows[0], run.log.rows[-1]
-    content = {
-        "run": folder.reference,
-        "base": options.base,
+    return {
         "steps": last["step"],
         "base_accuracy": first["test_accuracy"],
         "test_accuracy": last["test_accuracy"],
         "train_accuracy": last["train_accuracy"],
-        **clock,
     }
-    return Printout(content=content, text=as_lines(content))
 
 
 def _finetune_real(options: argparse.Namespace) -> Printout:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from apps.grafting import judge_donors, name_of
+from apps.grafting import judge_donors, log_of, name_of
 from apps.printing import Printout, as_columns, progress_bar, share_bar, stopwatch
 from workbench.models.real_models import PREFIX, load_real_model
 from workbench.runtime import WorkbenchError
@@ -51,9 +51,7 @@ def _of_run(options: argparse.Namespace) -> Callable[[int], Taught]:
         folder = new_run(name, options.runs) if there is None else there.folder
         with progress_bar(f"finetune {name}", recipe) as on_progress:
             run = train(recipe, folder, resume=there is not None, on_progress=on_progress)
-        first, last = run.log.rows[0], run.log.rows[-1]
-        accuracies = {name: last[name] for name in ("test_accuracy", "train_accuracy")}
-        return {"run": name, "seed": seed, "base_accuracy": first["test_accuracy"], **accuracies}
+        return {"run": name, "seed": seed, **log_of(run)}
 
     return teach_one
 

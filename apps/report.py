@@ -86,8 +86,7 @@ def report(
         WorkbenchError: there is none of that name, or as for `report_run`.
     """
     if reference in donor_names(runs):
-        on_part("graft")
-        return report_donor(load_donor(reference, runs=runs), out)
+        return report_donor(load_donor(reference, runs=runs), out, on_part)
     return report_run(load(reference, runs=runs), out, on_part)
 
 
@@ -103,14 +102,14 @@ def report_run(run: Run, out: Path, on_part: Callable[[str], None] = lambda part
     return build_report(f"{run.recipe.name}: {run.reference}", sections, out, manifest=manifest_of(run))
 
 
-def report_donor(donor: TextDonor, out: Path) -> Report:
+def report_donor(donor: TextDonor, out: Path, on_part: Callable[[str], None] = lambda part: None) -> Report:
     """Find a real model's usual graft, or read the kept one, and write the donor's report.
 
     Raises:
         WorkbenchError: base or text is not there, or as for `report_run`.
     """
     check_out(out)
-    evidence = gather_real_graft(pair_of_texts(donor.recipe.base, donor))
+    evidence = gather_real_graft(pair_of_texts(donor.recipe.base, donor), lambda share: on_part(f"graft, {share:.0%}"))
     sections = sections_of_donor(evidence, donor.story)
     return build_report(f"{donor.recipe.task}: {donor.reference}", sections, out, manifest=manifest_of_donor(donor))
 

@@ -22,6 +22,8 @@ from workbench.tables import Table
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 """Shares of the change that uniform interpolation tries."""
+UNIFORM = "uniform "
+"""What stands before a share in the name of the weights that have it."""
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 LEAST_GAIN = 0.1
 """Accuracy that fine-tuning must gain for a relative gain to mean anything."""
@@ -85,6 +87,16 @@ class GraftJudgement:
     def named(self, name: str) -> Judged:
         """The one of that name."""
         return next(each for each in self.judged if each.name == name)
+
+    @property
+    def uniform(self) -> Judged:
+        """The whole change at the least share of it that is as accurate."""
+        return next(each for each in self.judged if each.name.startswith(UNIFORM))
+
+    @property
+    def share(self) -> float:
+        """That share, which is one of `SHARES`."""
+        return float(self.uniform.name.removeprefix(UNIFORM))
 
     @property
     def objection(self) -> str | None:
@@ -282,7 +294,7 @@ def judge(
         found[name] = (len(other), other.weights())
         on_progress((done + 1) / (len(deltas) + 1))
     share = _uniform_share(delta, graft, val)
-    found[f"uniform {share:.2f}"] = (len(delta), delta.uniform(share))
+    found[f"{UNIFORM}{share:.2f}"] = (len(delta), delta.uniform(share))
     judged = [
         Judged(name=name, weights=count, logits=test.logits(weights), answers=test.answers)
         for name, (count, weights) in found.items()

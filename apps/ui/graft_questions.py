@@ -12,7 +12,7 @@ import streamlit as st
 import torch
 
 from apps.analyses import PAIRS, SEED
-from apps.graft_pairs import Pair, delta_of, examples_of, is_donor, pair_of_runs, pair_of_texts
+from apps.graft_pairs import Pair, delta_of, examples_of, is_sibling, pair_of_runs, pair_of_texts
 from apps.grafting import REAL_STEPS, graft_in, kept_graft, learn_regions
 from apps.ui import state
 from circuits.graft_edges import graft_edges
@@ -61,9 +61,7 @@ def pair_of(reference: str) -> Pair:
 
 def siblings(run: Run) -> list[str]:
     """Donors of the same base that learnt another skill."""
-    return state.references_where(
-        lambda other: is_donor(other) and other.recipe.start == run.recipe.start and other.task != run.task
-    )
+    return state.references_where(lambda other: is_sibling(other, run))
 
 
 def real_siblings(donor: TextDonor) -> list[str]:
